@@ -1,0 +1,69 @@
+"""Capture: one call of the user's training step as one fx graph, with what it relied on as guards.
+
+`capture` runs the step's Python once over fake tensors (`trace`), on the modules and optimizers that it reaches (`find`), with hyper-parameters
+kept live (`hyper`), branches on the batch asked of the real batch (`predicates`), and refuses what would be silently wrong (`unchanged`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mebp_compile import torch_private
+from mebp_compile.capture.find import State, find_state
+from mebp_compile.capture.trace import Input, Traced, initialise_optimizer, trace_step
+from mebp_compile.capture.unchanged import python_state_kept
+from mebp_compile.errors import CaptureError, DataDependentBranch, MebpError, UndeclaredState
+
+__all__ = ["Input", "State", "Traced", "capture", "find_state", "initialise_optimizer"]
+
+
+def capture(step_fn: Callable[..., Any], state: State, batch: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
+    """The whole step as one graph over `state` and the batch. Raises a CaptureError that names the line and the fix."""
+    _check_parameters(state)
+    for optimizer in state.optimizers.values():
+        initialise_optimizer(optimizer)
+    with python_state_kept(step_fn, state):
+        try:
+            traced = trace_step(step_fn, state, batch, kwargs)
+        except MebpError:
+            raise
+        except torch_private.DataDependent as error:
+            raise DataDependentBranch(
+                f"the step branches on the value of a tensor at {torch_private.raising_line(error)}",
+                "compute with torch.where, or take the decision outside the step from what it returns",
+            ) from error
+        except Exception as error:
+            raise CaptureError(
+                f"{type(error).__name__} at {torch_private.raising_line(error)} while the step was traced: {str(error).strip()[:500]}",
+                "run the step once uncompiled: if it works there, name its modules and optimizers in state=[...]",
+            ) from error
+    _check_constants(traced)
+    return traced
+
+
+def _check_parameters(state: State) -> None:
+    """Every parameter of every optimizer must belong to a module that was found."""
+    known = {id(parameter) for _, _, parameter in state.parameters()}
+    for root, optimizer in state.optimizers.items():
+        for index, group in enumerate(optimizer.param_groups):
+            for position, parameter in enumerate(group["params"]):
+                if id(parameter) not in known:
+                    raise UndeclaredState(
+                        f"parameter {position} of {root}.param_groups[{index}], of shape {tuple(parameter.shape)}, belongs to no module that the step reaches",
+                        "name its module: optimize(step_fn, ..., state=[model, optimizer])",
+                    )
+
+
+def _check_constants(traced: Traced) -> None:
+    """A real tensor that turned up in the trace is a constant; a parameter among them is state that nobody declared."""
+    for node in traced.module.graph.nodes:
+        if node.op == "get_attr":
+            tensor = getattr(traced.module, str(node.target), None)
+            if isinstance(tensor, torch.nn.Parameter) or (isinstance(tensor, torch.Tensor) and tensor.requires_grad):
+                raise UndeclaredState(
+                    f"a parameter of shape {tuple(tensor.shape)} is used at {torch_private.node_line(node)} but belongs to no module that the step reaches",
+                    "name its module: optimize(step_fn, ..., state=[model, optimizer])",
+                )

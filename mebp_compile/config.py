@@ -1,0 +1,85 @@
+"""Budgets and options, parsed once; the only reader of MEBP_* environment variables."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from mebp_compile.errors import BudgetError, OptionError
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+TIERS = ("exact", "reassociate", "approximate")
+SCHEMES = ("int4", "nf4", "int8")
+BUDGET_FIX = 'give bytes or a string such as "256MB" (10^6) or "1GiB" (2^30)'
+
+
+def parse_budget(budget: int | float | str) -> int:
+    """Bytes of a budget: a number of bytes, or text with a unit ("256MB" is 256 * 10^6, "1GiB" is 2^30)."""
+    if isinstance(budget, bool) or not isinstance(budget, (int, float, str)):
+        raise BudgetError(f"budget is {budget!r}, of type {type(budget).__name__}", BUDGET_FIX)
+    size_bytes = _parse_text(budget) if isinstance(budget, str) else float(budget)
+    if not math.isfinite(size_bytes) or size_bytes < 1:
+        raise BudgetError(f"budget is {budget!r}: not a positive, finite number of bytes", BUDGET_FIX)
+    return int(size_bytes)
+
+
+def _parse_text(text: str) -> float:
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?(?:[eE][0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in UNITS:
+        raise BudgetError(f"budget {text!r} is not a size", BUDGET_FIX)
+    return float(match[1]) * UNITS[match[2].upper()]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `optimize` was asked for, checked. `offload_dir` is the folder of the scratch file, or None."""
+
+    budget_bytes: int
+    offload_dir: Path | None = None
+    numerics: str = "exact"
+    grads: str = "keep"
+    effort: str = "balanced"
+    time_limit_s: float = 20.0
+    cache: bool = True
+
+    def __post_init__(self) -> None:
+        _one_of("numerics", self.numerics, TIERS)
+        _one_of("grads", self.grads, ("keep", "drop"))
+        _one_of("effort", self.effort, ("fast", "balanced", "proof"))
+        if not (math.isfinite(self.time_limit_s) and self.time_limit_s > 0):
+            raise OptionError(f"the solver's time limit is {self.time_limit_s!r} seconds", "give a positive number of seconds")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise OptionError(f"{name}={value!r} is unknown", f"use one of {', '.join(map(repr, allowed))}")
+
+
+def format_bytes(size_bytes: float) -> str:
+    """Bytes for people: 1.94 GiB, 61.8 MiB, 512 B."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(size_bytes) >= size:
+            return f"{size_bytes / size:.2f} {unit}" if size_bytes < 10 * size else f"{size_bytes / size:.1f} {unit}"
+    return f"{int(size_bytes)} B"
+
+
+def cache_dir() -> Path:
+    """Folder of measured costs and plans: MEBP_CACHE, or ~/.cache/mebp_compile."""
+    return Path(os.environ.get("MEBP_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mebp_compile")
+
+
+def debug_level() -> int:
+    """MEBP_DEBUG, 0 to 5. It prints more and never changes a result."""
+    text = os.environ.get("MEBP_DEBUG", "0")
+    if text not in ("", "0", "1", "2", "3", "4", "5"):
+        raise OptionError(f"MEBP_DEBUG={text!r}", "set it to a digit from 0 to 5")
+    return int(text or 0)
+
+
+def dump_dir() -> Path | None:
+    """MEBP_DUMP: a folder that receives every numbered artifact, or None."""
+    text = os.environ.get("MEBP_DUMP")
+    return Path(text) if text else None

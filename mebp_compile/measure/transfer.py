@@ -1,0 +1,376 @@
+"""One background thread that moves bytes between memory and files, in the order they were submitted.
+
+Order is the whole protocol: a read submitted after a write of the same bytes sees them, so callers need no locks.
+Errors are kept on the ticket and raised by whoever waits for it; one that nobody waited for is raised by `drain` or
+`close`. Nothing here can wait for ever: a closed thread fails every ticket that it did not serve.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import errno
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+
+from mebp_compile.errors import DiskError, MeasureError, MebpError
+from mebp_compile.measure.memory import memory_of
+
+__all__ = ["DiskThread", "Ticket", "Transfer", "TransferClosed", "disk_error", "memory_of", "read_all", "write_all"]
+
+CHUNK_BYTES = 8 << 20
+QUEUE_LENGTH = 16
+CLOSE_TIMEOUT_S = 30.0
+FULL = (errno.ENOSPC, errno.EDQUOT)
+CLOSED_FIX = "keep the DiskThread open until every ticket has been waited for"
+
+
+class TransferClosed(DiskError):
+    """The thread was closed before this transfer was over."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One finished transfer, for the timeline. Times are `time.perf_counter` in microseconds; kind is "read", "write"
+    or "call".
+    """
+
+    start_us: float
+    end_us: float
+    kind: str
+    size_bytes: int
+
+
+class Ticket:
+    """A submitted transfer. Its buffer must not be written (nor, for a read, looked at) until `wait` returns."""
+
+    def __init__(self, kind: str, size_bytes: int, work: Callable[[Callable[[], bool]], None], state: _State) -> None:
+        self.kind = kind
+        self.size_bytes = size_bytes
+        self._work: Callable[[Callable[[], bool]], None] | None = work
+        self._state = state
+        self._finished = threading.Event()
+        self._error: MebpError | None = None
+
+    @property
+    def done(self) -> bool:
+        """True once served, failed or given up; `wait` then returns at once."""
+        return self._finished.is_set()
+
+    def wait(self) -> None:
+        """Block until the transfer is over; raises the error it met, again on every call. The time blocked is the
+        thread's `stall_us`.
+        """
+        if not self._finished.is_set():
+            self._state.check_caller()
+            start_ns = time.perf_counter_ns()
+            self._finished.wait()
+            self._state.add_stall(start_ns)
+        error = self._state.collect(self)
+        if error is not None:
+            raise _fresh(error) from error
+
+    def _finish(self, error: MebpError | None) -> None:
+        """Set the outcome once; a later one is dropped (a transfer that ends after `close` gave it up)."""
+        with self._state.changed:
+            if self._finished.is_set():
+                return
+            self._error = error
+            self._work = None  # lets go of the buffer
+            if error is not None:
+                self._state.uncollected.append(self)
+            self._finished.set()
+
+
+def _fresh(error: MebpError) -> MebpError:
+    """A new exception for each `wait`: raising one object again would tie the callers' frames, and their tensors, to
+    the ticket.
+    """
+    kind = type(error) if type(error).__init__ is MebpError.__init__ else DiskError
+    return kind(error.message, error.fix)
+
+
+class _State:
+    """What the thread and its owner share. It does not refer to the owner, so a forgotten DiskThread is closed by its
+    finaliser.
+    """
+
+    def __init__(self, queue_length: int, record: bool) -> None:
+        self.changed = threading.Condition(threading.RLock())
+        self.queue: collections.deque[Ticket] = collections.deque()
+        self.queue_length = queue_length
+        self.running: Ticket | None = None
+        self.closing = False
+        self.uncollected: list[Ticket] = []
+        self.transfers: list[Transfer] | None = [] if record else None
+        self.stall_us = 0.0
+        self.process = os.getpid()
+        self.thread: threading.Thread | None = None
+
+    def check_caller(self) -> None:
+        """Refuse the two callers that would wait for ever: a forked process, which has no thread, and the thread
+        itself.
+        """
+        if os.getpid() != self.process:
+            raise DiskError(
+                "this process is a fork: the transfer thread did not come along", "make a DiskThread after the fork"
+            )
+        if threading.current_thread() is self.thread:
+            raise DiskError(
+                "a function in the transfer thread waits for the transfer thread", "submit and wait outside of it"
+            )
+
+    def add_stall(self, start_ns: int) -> None:
+        with self.changed:
+            self.stall_us += (time.perf_counter_ns() - start_ns) / 1000
+
+    def collect(self, ticket: Ticket) -> MebpError | None:
+        """The ticket's error, marked as told to somebody."""
+        with self.changed:
+            if ticket in self.uncollected:
+                self.uncollected.remove(ticket)
+            return ticket._error
+
+    def put(self, ticket: Ticket) -> None:
+        self.check_caller()
+        with self.changed:
+            start_ns = time.perf_counter_ns()
+            self.changed.wait_for(lambda: self.closing or len(self.queue) < self.queue_length)
+            self.add_stall(start_ns)
+            if self.closing:
+                raise TransferClosed("the transfer thread is closed", CLOSED_FIX)
+            self.queue.append(ticket)
+            self.changed.notify_all()
+
+    def take(self) -> Ticket | None:
+        """The next ticket, or None when closing."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.closing or bool(self.queue))
+            if self.closing or not self.queue:
+                return None
+            self.running = self.queue.popleft()
+            self.changed.notify_all()
+            return self.running
+
+    def rest(self) -> None:
+        """Block until nothing is queued or running, or until closed."""
+        self.check_caller()
+        with self.changed:
+            self.changed.wait_for(lambda: self.closing or not (self.queue or self.running))
+
+    def unheard(self) -> Ticket | None:
+        """The first ticket that failed on its own account and whose error nobody has seen."""
+        with self.changed:
+            return next((ticket for ticket in self.uncollected if not isinstance(ticket._error, TransferClosed)), None)
+
+    def stop(self) -> list[Ticket]:
+        """Serve no more; returns what was waiting."""
+        with self.changed:
+            self.closing = True
+            pending = list(self.queue)
+            self.queue.clear()
+            self.changed.notify_all()
+            return pending
+
+
+class DiskThread:
+    """A bounded first-in-first-out queue of transfers served by one daemon thread.
+
+    `submit_*` blocks while `queue_length` transfers wait. `transfers` lists the finished ones if `record`; `stall_us`
+    adds up the time that callers were blocked in `Ticket.wait` or by a full queue. A context manager: the exit drains
+    it and closes it; on the way out of an exception it only closes it.
+    """
+
+    def __init__(self, queue_length: int = QUEUE_LENGTH, record: bool = False) -> None:
+        if queue_length < 1:
+            raise MeasureError(f"a queue of {queue_length} transfers", "give 1 or more")
+        self._state = _State(queue_length, record)
+        self._thread = threading.Thread(target=_serve, args=(self._state,), name="mebp-disk", daemon=True)
+        self._state.thread = self._thread
+        self._thread.start()
+        self._finaliser = weakref.finalize(self, _give_up, self._state)
+
+    def submit_write(self, fd: int, offset: int, buffer: memoryview) -> Ticket:
+        """Write all of `buffer` to `fd` at `offset`."""
+        view = _bytes_of(buffer)
+        return self._put("write", view.nbytes, lambda stopped: write_all(fd, offset, view, stopped))
+
+    def submit_read(self, fd: int, offset: int, buffer: memoryview) -> Ticket:
+        """Fill `buffer` from `fd` at `offset`; a file that ends earlier is an error."""
+        view = _bytes_of(buffer)
+        if view.readonly:
+            raise DiskError("the buffer of a read is read-only", "pass the memory of a tensor or a bytearray")
+        return self._put("read", view.nbytes, lambda stopped: read_all(fd, offset, view, stopped))
+
+    def submit(self, function: Callable[[], object], size_bytes: int = 0) -> Ticket:
+        """Call `function` in its turn. Its result is dropped; what it raises comes out of `wait` as a DiskError (a
+        MebpError as it is).
+        """
+
+        def work(stopped: Callable[[], bool]) -> None:
+            function()
+
+        return self._put("call", size_bytes, work)
+
+    @property
+    def stall_us(self) -> float:
+        return self._state.stall_us
+
+    @property
+    def transfers(self) -> list[Transfer]:
+        """The transfers finished so far, in order; empty unless recording."""
+        with self._state.changed:
+            return list(self._state.transfers or [])
+
+    @property
+    def closed(self) -> bool:
+        return self._state.closing
+
+    def drain(self) -> None:
+        """Block until everything submitted is over; raises the first error that no `wait` has raised."""
+        self._state.rest()
+        self._raise_unheard()
+
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Stop. The chunk being moved ends, and what was not moved fails with TransferClosed on its ticket; a chunk
+        that takes longer than `timeout_s` (a dead network disk) is given up. Raises the first error that no `wait`
+        has raised. Closing twice is harmless.
+        """
+        self._state.check_caller()
+        _give_up(self._state)
+        self._thread.join(timeout_s)
+        running = self._state.running
+        if self._thread.is_alive() and running is not None:
+            running._finish(
+                DiskError(f"a {running.kind} did not end in {timeout_s:g} s", "check the disk that holds the file")
+            )
+        self._raise_unheard()
+
+    def _raise_unheard(self) -> None:
+        ticket = self._state.unheard()
+        if ticket is not None:
+            ticket.wait()
+
+    def __enter__(self) -> DiskThread:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:  # the error under way is the one to show
+            with contextlib.suppress(MebpError):
+                self.close()
+            return
+        try:
+            self.drain()
+        finally:
+            self.close()
+
+    def _put(self, kind: str, size_bytes: int, work: Callable[[Callable[[], bool]], None]) -> Ticket:
+        ticket = Ticket(kind, size_bytes, work, self._state)
+        self._state.put(ticket)
+        return ticket
+
+
+def _give_up(state: _State) -> None:
+    if os.getpid() != state.process:  # a fork's finaliser: the lock may have been held when it was copied
+        return
+    for ticket in state.stop():
+        ticket._finish(TransferClosed(f"the transfer thread was closed before this {ticket.kind}", CLOSED_FIX))
+
+
+def _serve(state: _State) -> None:
+    """The thread: one ticket after the other. Whatever is raised ends up on the ticket, so no waiter can be
+    forgotten.
+    """
+    while (ticket := state.take()) is not None:
+        start_us = time.perf_counter_ns() / 1000
+        error: MebpError | None = None
+        try:
+            assert ticket._work is not None
+            ticket._work(lambda: state.closing)
+        except MebpError as raised:
+            error = raised
+        except BaseException as raised:  # a system exit in a submitted call must not kill the thread either
+            error = DiskError(f"a {ticket.kind} in the transfer thread failed: {raised!r}", "see the cause above")
+            error.__cause__ = raised
+        if state.transfers is not None:
+            state.transfers.append(Transfer(start_us, time.perf_counter_ns() / 1000, ticket.kind, ticket.size_bytes))
+        ticket._finish(error)
+        with state.changed:
+            state.running = None
+            state.changed.notify_all()
+        del ticket, error
+
+
+# ---- whole transfers from partial system calls ----
+
+
+def write_all(fd: int, offset: int, view: memoryview, stopped: Callable[[], bool] = lambda: False) -> None:
+    """pwrite until every byte is written, at most CHUNK_BYTES a call. DiskError if the disk is full, fails, or
+    `stopped()` turns true.
+    """
+    done = 0
+    while done < view.nbytes:
+        _check_stopped(stopped, "write")
+        try:
+            count = os.pwrite(fd, view[done : done + CHUNK_BYTES], offset + done)
+        except InterruptedError:
+            continue
+        except OSError as error:
+            raise disk_error(error, "write", view.nbytes - done, offset + done) from error
+        if count == 0:
+            raise DiskError(
+                f"the disk took none of {view.nbytes - done} bytes at offset {offset + done}", "check the disk"
+            )
+        done += count
+
+
+def read_all(fd: int, offset: int, view: memoryview, stopped: Callable[[], bool] = lambda: False) -> None:
+    """preadv until the view is full, at most CHUNK_BYTES a call. DiskError if the file ends first, on failure, or if
+    `stopped()`.
+    """
+    done = 0
+    while done < view.nbytes:
+        _check_stopped(stopped, "read")
+        try:
+            count = os.preadv(fd, [view[done : done + CHUNK_BYTES]], offset + done)
+        except InterruptedError:
+            continue
+        except OSError as error:
+            raise disk_error(error, "read", view.nbytes - done, offset + done) from error
+        if count == 0:
+            raise DiskError(
+                f"the file ends at byte {offset + done}, {view.nbytes - done} bytes before the end of a read",
+                "the file was truncated: make it again",
+            )
+        done += count
+
+
+def disk_error(error: OSError, kind: str, size_bytes: int, offset: int) -> DiskError:
+    """The typed error for a failed system call."""
+    if error.errno in FULL:
+        return DiskError(
+            f"disk full: {size_bytes} bytes more are needed at offset {offset} ({error.strerror})",
+            "free space on it, or name a folder on another disk",
+        )
+    name = errno.errorcode.get(error.errno or 0, "unknown error")
+    return DiskError(
+        f"a {kind} of {size_bytes} bytes at offset {offset} failed: {name} ({error.strerror})", "check the disk"
+    )
+
+
+def _check_stopped(stopped: Callable[[], bool], kind: str) -> None:
+    if stopped():
+        raise TransferClosed(f"the transfer thread was closed during a {kind}", CLOSED_FIX)
+
+
+def _bytes_of(buffer: memoryview) -> memoryview:
+    """The buffer as flat bytes, writable if it was."""
+    view = memoryview(buffer)
+    return view if view.nbytes == 0 else view.cast("B")

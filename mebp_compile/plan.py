@@ -1,0 +1,164 @@
+"""Plan: Graph and costs -> Problem -> schedule -> offsets. Torch-free; costs come as a plain table.
+
+The footprint that the budget bounds is  arena + allocator(t) + workspace(t) + constant  at every step t of the schedule: storages placed in
+the arena cost its whole size all the time, the others their bytes while they live. `solvers.check` proves the storages, `_footprint` the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import solvers
+from mebp_compile.errors import BudgetInfeasible
+from mebp_compile.config import format_bytes
+from mebp_compile.graph import PERSISTENT, Graph
+from mebp_compile.place import Placement, place_under
+from solvers import Problem, Report, Schedule
+
+MOVABLE = ("weight",)
+
+
+@dataclass(frozen=True)
+class OpCost:
+    """Measured cost of one op on this machine."""
+
+    time_us: int
+    workspace_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs by op name, and the speed of the disk. `measured` is False where they are estimates."""
+
+    ops: Mapping[str, OpCost]
+    read_bytes_per_us: float = 1000.0
+    write_bytes_per_us: float = 500.0
+    latency_us: int = 100
+    measured: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A schedule proven by replay, where each storage lies, and what both promise.
+
+    peak_bytes: what the meters will show at most (tensors, workspace, arena padding, all inside the budget).
+    tensor_bytes: the largest sum of storages alone. keep_all_*: the same step without any recompute or offload.
+    """
+
+    problem: Problem
+    schedule: Schedule
+    report: Report
+    placement: Placement
+    peak_bytes: int
+    tensor_bytes: int
+    keep_all_bytes: int
+    keep_all_time_us: int
+    bound_us: int
+    method: str = ""
+    solve_seconds: float = 0.0
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def time_us(self) -> int:
+        return self.report.time_us
+
+    @property
+    def gap(self) -> float:
+        """Proven relative distance of the schedule's time to the bound."""
+        return self.time_us / self.bound_us - 1 if self.bound_us else 0.0
+
+
+def build_problem(
+    graph: Graph, costs: Costs, budget_bytes: int, offload: bool, grads: str = "keep", movable: Sequence[str] = MOVABLE
+) -> Problem:
+    """The scheduling problem of a graph: every storage with its bytes, every op with its measured cost, in graph order."""
+    outputs = {graph.storage_of(name) for path, name in graph.results if grads == "keep" or not path.startswith("gradient:")}
+    storages = tuple(
+        solvers.Storage(
+            storage.name,
+            storage.size_bytes,
+            persistent=storage.role in PERSISTENT,
+            movable=storage.size_bytes > 0 and (storage.role not in PERSISTENT or storage.role in movable) and (offload or storage.role == "weight"),
+            output=index in outputs and storage.role not in PERSISTENT,
+        )
+        for index, storage in enumerate(graph.storages)
+    )
+    used = {storage for op in graph.ops for storage in (*op.reads, *op.writes, *op.creates, *(s for c in op.menu for s in c.reads))}
+    storages = tuple(
+        storage if index in used else replace(storage, size_bytes=storage.size_bytes if storage.persistent else 0, movable=False, persistent=True, output=False)
+        for index, storage in enumerate(storages)
+    )
+    problem = Problem(
+        ops=tuple(_op(op, costs.ops.get(op.name, OpCost(1))) for op in graph.ops),
+        storages=storages,
+        budget_bytes=budget_bytes,
+        read_bytes_per_us=costs.read_bytes_per_us,
+        write_bytes_per_us=costs.write_bytes_per_us,
+        latency_us=costs.latency_us,
+        can_offload=offload,
+        name=graph.name,
+    )
+    problem.validate()
+    return problem
+
+
+def _op(op: object, cost: OpCost) -> solvers.Op:
+    from mebp_compile.graph import Op
+
+    assert isinstance(op, Op)
+    plain = solvers.Choice(op.reads, cost.workspace_bytes, max(1, cost.time_us))
+    loops = tuple(
+        solvers.Choice(choice.reads, choice.workspace_bytes, max(1, choice.time_us), choice.trips, choice.disk_bytes) for choice in op.menu
+    )
+    return solvers.Op(op.name, (plain, *loops), op.creates, op.writes, op.rng, True, op.phase, op.module)
+
+
+def make_plan(
+    graph: Graph,
+    problem: Problem,
+    effort: str = "balanced",
+    time_limit_s: float = 20.0,
+    hints: Sequence[Schedule] = (),
+    progress: Callable[[str], None] | None = None,
+) -> Plan:
+    """Solve, check, place. Raises BudgetInfeasible, naming the smallest budget found, its lower bound and the op that binds."""
+    import time
+
+    started = time.monotonic()
+    try:
+        solution = solvers.solve(problem, effort=effort, time_limit_s=time_limit_s, hints=hints)
+    except solvers.Infeasible as error:
+        raise BudgetInfeasible(
+            f"no schedule fits {format_bytes(problem.budget_bytes)}: the smallest budget found is {error.smallest_found_bytes:,} bytes "
+            f"({format_bytes(error.smallest_found_bytes)}), nothing below {error.lower_bound_bytes:,} bytes can work, and op {error.binding_op} binds",
+            f"budget={error.smallest_found_bytes}, a shorter sequence or smaller batch, or offload=a folder on disk if it is off",
+            error.smallest_found_bytes,
+            error.lower_bound_bytes,
+            error.binding_op,
+        ) from None
+    report = solvers.replay(problem, solution.schedule)
+    placement = place_under(graph, problem, solution.schedule)
+    keep_all = solvers.replay(problem, solvers.keep_all(problem), enforce_budget=False)
+    return Plan(
+        problem=problem,
+        schedule=solution.schedule,
+        report=report,
+        placement=placement,
+        peak_bytes=placement.peak_bytes,
+        tensor_bytes=tensor_peak(problem, solution.schedule),
+        keep_all_bytes=keep_all.peak_bytes,
+        keep_all_time_us=keep_all.time_us,
+        bound_us=int(solution.bound_us),
+        method=solution.method,
+        solve_seconds=time.monotonic() - started,
+    )
+
+
+def tensor_peak(problem: Problem, schedule: Schedule) -> int:
+    """Largest sum of storages, without workspace."""
+    bare = replace(
+        problem,
+        ops=tuple(replace(op, choices=tuple(replace(choice, workspace_bytes=0) for choice in op.choices)) for op in problem.ops),
+    )
+    return solvers.replay(bare, schedule, enforce_budget=False).peak_bytes

@@ -1,0 +1,101 @@
+"""The C kernels, called through ctypes: pointers in, the GIL released, no torch headers. Absent without a compiler."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.machinery
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mebp_compile.errors import OptionError
+from mebp_compile.quant.scheme import Scheme
+
+PATHS = {"auto": 0, "scalar": 1, "avx2": 2, "avx512": 3, "neon": 4}
+logger = logging.getLogger(__name__)
+
+_POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
+_ROWS: list[Any] = [_POINTER, _INT, _POINTER, _INT, _POINTER, _INT, _POINTER, _INT, _INT, _INT]
+_ERROR_PATH, _ERROR_ROW = -1, -2
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The kernel library beside this file, or None (said once through `logging`) where it was not built or can't be
+    loaded.
+    """
+    folder = Path(__file__).resolve().parent
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = folder / f"_dequantise{suffix}"
+        if path.exists():
+            try:
+                return _declare(ctypes.CDLL(str(path)))
+            except (OSError, AttributeError) as error:
+                logger.warning("the dequantise kernels can't be loaded (%s): using torch, about 70 times slower", error)
+                return None
+    logger.warning(
+        "the dequantise kernels were not built (no C compiler at install?): using torch, about 70 times slower"
+    )
+    return None
+
+
+def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
+    """Argument types; raises AttributeError where a symbol is missing."""
+    lib.mebp_dequantise_paths.argtypes, lib.mebp_dequantise_paths.restype = [], ctypes.c_int32
+    lib.mebp_dequantise_table.argtypes = [*_ROWS, ctypes.POINTER(ctypes.c_float), ctypes.c_int32, ctypes.c_int32]
+    lib.mebp_dequantise_int8.argtypes = [*_ROWS, ctypes.c_int32, ctypes.c_int32]
+    lib.mebp_dequantise_table.restype = lib.mebp_dequantise_int8.restype = ctypes.c_int32
+    return lib
+
+
+def available_paths() -> tuple[str, ...]:
+    """Names of the paths that this processor runs ("scalar", "avx2", ...); empty without the library."""
+    lib = library()
+    if lib is None:
+        return ()
+    bits = lib.mebp_dequantise_paths()
+    return tuple(name for name, path in PATHS.items() if path and bits >> path & 1)
+
+
+@functools.cache
+def _level_array(levels: tuple[float, ...]) -> ctypes.Array[ctypes.c_float]:
+    return (ctypes.c_float * len(levels))(*levels)
+
+
+def dequantise_matrix(
+    scheme: Scheme, codes: Tensor, scales: Tensor, out: Tensor, ids: Tensor | None = None, path: str = "auto"
+) -> None:
+    """Rows of codes [table_rows, code_row_bytes] and scales [table_rows, scales_per_row] into `out` [rows, columns]
+    (bf16 or fp32).
+
+    Row r of `out` is row ids[r] (int64, contiguous), or row r. The rows of codes, scales and out may be strided;
+    inside a row they must be dense. All on the CPU. Raises OptionError for a path that this processor lacks or an id
+    outside the table.
+    """
+    lib = library()
+    if lib is None:
+        raise OptionError(
+            "the dequantise kernels were not built", fix="install a C compiler and reinstall, or use the torch path"
+        )
+    rows = (
+        codes.data_ptr(), codes.stride(0), scales.data_ptr(), scales.stride(0) * scales.element_size(),
+        out.data_ptr(), out.stride(0) * out.element_size(), ids.data_ptr() if ids is not None else None,
+        out.shape[0], codes.shape[0],
+    )  # fmt: skip
+    fp32 = int(out.dtype == torch.float32)
+    if scheme.levels:
+        status = lib.mebp_dequantise_table(*rows, out.shape[1] // 64, _level_array(scheme.levels), fp32, PATHS[path])
+    else:
+        status = lib.mebp_dequantise_int8(*rows, out.shape[1], fp32, PATHS[path])
+    _check_status(status, path)
+
+
+def _check_status(status: int, path: str) -> None:
+    if status == _ERROR_PATH:
+        raise OptionError(f"this processor can't run path {path!r}", fix=f"one of {', '.join(available_paths())}")
+    if status == _ERROR_ROW:
+        raise OptionError("a row id lies outside the table", fix="check the token ids against the vocabulary size")

@@ -1,0 +1,127 @@
+"""The verbs that generated code may call. One engine serves one program.
+
+Memory: `at` gives views of one arena, `new` asks the allocator. Persistent tensors come through `state`. Transfers go through one disk thread:
+`offload` and `prefetch` start one, `wait` completes it. Random draws that run again are replayed from the generator's saved state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from mebp_compile.runtime.activations import ActivationStore
+from mebp_compile.runtime.state import Getter, LiveState
+
+ARENA_ALIGN = 64
+
+
+class Engine:
+    """Executes the verbs of one program. Not thread-safe: one step at a time."""
+
+    def __init__(self, live: LiveState, sources: Mapping[str, str], arena_bytes: int, activations: ActivationStore | None = None) -> None:
+        self.live = live
+        self.getters: dict[str, Getter] = {name: live.getter(source) for name, source in sources.items()}
+        self.arena = _arena(arena_bytes)
+        self.activations = activations
+        self.metered = False
+        self._typed: dict[torch.dtype, torch.Tensor] = {}
+        self._views: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._reading: dict[str, torch.Tensor] = {}
+        self._rng: dict[str, torch.Tensor] = {}
+        self._rng_now: torch.Tensor | None = None
+        self._hypers: dict[str, Any] = {}
+
+    def begin(self) -> None:
+        """Before each step: forget what the last one left."""
+        self._rng.clear()
+        self._reading.clear()
+        self._hypers.clear()
+
+    # --- memory ---
+
+    def at(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype, stride: tuple[int, ...] | None = None) -> torch.Tensor:
+        """The tensor of this geometry at byte `offset` of the arena. Its bytes are whatever was there before."""
+        key = (offset, shape, dtype, stride)
+        view = self._views.get(key)
+        if view is None:
+            view = self._view(offset, shape, dtype, stride)
+            if not self.metered:
+                self._views[key] = view
+        return view
+
+    def _view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype, stride: tuple[int, ...] | None) -> torch.Tensor:
+        count = 1
+        for size in shape:
+            count *= size
+        flat = torch.frombuffer(memoryview(self.arena.numpy()), dtype=dtype, count=count, offset=offset)
+        return flat.view(shape) if stride is None else flat.as_strided(shape, stride)
+
+    def new(self, shape: tuple[int, ...], dtype: torch.dtype, stride: tuple[int, ...] | None = None) -> torch.Tensor:
+        """An uninitialised tensor from the allocator."""
+        return torch.empty(shape, dtype=dtype) if stride is None else torch.empty_strided(shape, stride, dtype=dtype)
+
+    # --- what exists before the step ---
+
+    def state(self, name: str) -> torch.Tensor:
+        """A parameter, buffer, optimizer state or constant, as it is now."""
+        return self.getters[name]()
+
+    def hyper(self, expression: str) -> Any:
+        """A number over the param groups, as it is now."""
+        if expression not in self._hypers:
+            self._hypers[expression] = self.live.hyper(expression)
+        return self._hypers[expression]
+
+    def release(self, name: str) -> None:
+        """The memory copy of a storage that lives on disk is no longer needed."""
+
+    # --- transfers ---
+
+    def offload(self, name: str, tensor: torch.Tensor) -> None:
+        """Start writing a tensor's storage to its slot on disk; it must stay as it is until `wait`."""
+        assert self.activations is not None
+        self.activations.offload(name, tensor)
+
+    def prefetch(self, name: str, buffer: torch.Tensor) -> None:
+        """Start reading a storage from disk into a buffer, which is not to be touched until `wait`."""
+        assert self.activations is not None
+        self._reading[name] = buffer
+        self.activations.prefetch(name, buffer)
+
+    def wait(self, name: str) -> torch.Tensor | None:
+        """Complete the transfer of a storage; gives the tensor that was read, if it was a read."""
+        assert self.activations is not None
+        self.activations.wait(name)
+        return self._reading.pop(name, None)
+
+    # --- random numbers ---
+
+    def rng_save(self, name: str) -> None:
+        """Remember the generator's state before a draw that will be repeated."""
+        self._rng[name] = torch.get_rng_state()
+
+    def rng_replay(self, name: str) -> None:
+        """Put the generator where it was before the first draw of this op."""
+        self._rng_now = torch.get_rng_state()
+        torch.set_rng_state(self._rng[name])
+
+    def rng_return(self) -> None:
+        """Put the generator back where it was before the repeated draw."""
+        assert self._rng_now is not None
+        torch.set_rng_state(self._rng_now)
+        self._rng_now = None
+
+    # --- loops ---
+
+    def tiles(self, name: str, trips: int) -> Iterator[Any]:
+        """The tiles of a Loop."""
+        raise NotImplementedError(name)
+
+
+def _arena(size_bytes: int) -> torch.Tensor:
+    """A block of bytes that starts on a cache line (its pages are touched when they are first used)."""
+    block = torch.empty(size_bytes + ARENA_ALIGN, dtype=torch.uint8)
+    start = -block.data_ptr() % ARENA_ALIGN
+    return block[start : start + size_bytes]

@@ -1,0 +1,77 @@
+"""A program: one generated step, loaded and ready to run on the live state."""
+
+from __future__ import annotations
+
+import itertools
+import linecache
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+from mebp_compile.capture import Traced
+from mebp_compile.errors import CaptureError
+from mebp_compile.graph import Graph
+from mebp_compile.plan import Plan
+from mebp_compile.runtime.engine import Engine
+from mebp_compile.runtime.guards import batch_tensors, holds
+
+_numbers = itertools.count(1)
+
+
+@dataclass
+class Program:
+    """One captured, planned and generated variant of the step."""
+
+    traced: Traced
+    graph: Graph
+    plan: Plan
+    code: str
+    engine: Engine
+    function: Callable[..., tuple[Any, ...]]
+
+    def applies(self, leaves: list[Any]) -> bool:
+        return holds(self.traced, self.engine.live.hyper, batch_tensors(leaves))
+
+    def run(self, leaves: list[Any]) -> Any:
+        """One step: run the function, bind what outlives it, give back what the user's step returns."""
+        given = batch_tensors(leaves)
+        names = [self.graph.storages[self.graph.storage_of(name)] for name in self.graph.inputs]
+        batch = [given[storage.source] for storage in names if storage.role == "batch"]
+        live = self.engine.live
+        for name in self.traced.cleared:
+            live.parameters[name].grad = None
+        self.engine.begin()
+        with torch.no_grad():
+            made = self.function(self.engine, *batch)
+        returned: dict[int, Any] = {}
+        kept: set[str] = set()
+        for (path, _), value in zip(self.graph.results, made, strict=True):
+            if path.startswith("return:"):
+                returned[int(path.split(":")[1])] = value
+            else:
+                live.put(path, value)
+                kept.add(path)
+        self._drop_gradients(kept)
+        flat = [returned.get(index, self.traced.return_constants.get(index)) for index in range(self.traced.return_spec.num_leaves)]
+        return pytree.tree_unflatten(flat, self.traced.return_spec)
+
+    def _drop_gradients(self, kept: set[str]) -> None:
+        """A parameter whose gradient the step took away (zero_grad at its end) has none afterwards."""
+        for name in self.traced.gradients_given:
+            if f"gradient:{name}" not in kept:
+                self.engine.live.parameters[name].grad = None
+
+
+def load(code: str) -> tuple[Callable[..., tuple[Any, ...]], str]:
+    """The `train_step` of a program text, registered with linecache so that tracebacks show its lines; and its file name."""
+    filename = f"<mebp_compile step {next(_numbers)}>"
+    linecache.cache[filename] = (len(code), None, code.splitlines(keepends=True), filename)
+    scope: dict[str, Any] = {}
+    try:
+        exec(compile(code, filename, "exec"), scope)
+        return scope["train_step"], filename
+    except (SyntaxError, KeyError) as error:
+        raise CaptureError(f"the program does not define a train_step: {error}", "start from the text of `step.code`") from error

@@ -1,0 +1,39 @@
+"""Builds the optional C libraries; everything else is configured in pyproject.toml.
+
+They are plain shared libraries (no Python API): `quant/native.py` loads one with ctypes, the allocation meter is
+preloaded into a process. Without a compiler the install still succeeds and the package falls back to torch.
+"""
+
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=off", "-Wall", "-Wextra"]
+LIBRARIES = {  # shared library: (C source, libraries to link)
+    "mebp_compile.quant._dequantise": ("mebp_compile/quant/kernels/dequantise.c", []),
+    "mebp_compile.measure._malloc_meter": ("mebp_compile/measure/malloc_meter.c", ["dl", "pthread"]),
+}
+
+
+class BuildPlainLibrary(build_ext):
+    """Links without libpython and without an exported `PyInit_` symbol: no library here is a Python module."""
+
+    def get_libraries(self, ext: Extension) -> list[str]:
+        return list(ext.libraries)
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return list(ext.export_symbols)
+
+
+def extensions() -> list[Extension]:
+    """One optional extension for each source that exists."""
+    root = Path(__file__).resolve().parent
+    return [
+        Extension(name, [source], libraries=libraries, extra_compile_args=FLAGS, optional=True)
+        for name, (source, libraries) in LIBRARIES.items()
+        if (root / source).exists()
+    ]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildPlainLibrary})

@@ -1,0 +1,50 @@
+"""Lower bounds that hold for every schedule, whatever its order, recomputation and transfers."""
+
+from __future__ import annotations
+
+from solvers.problem import Op, Problem
+
+
+def roofline_us(problem: Problem) -> int:
+    """Every op runs at least once: sum over ops of the time of its fastest choice."""
+    return sum(min(choice.time_us for choice in op.choices) for op in problem.ops)
+
+
+def always_live(problem: Problem) -> frozenset[int]:
+    """Storages that no schedule can take out of memory for good.
+
+    Persistent ones that don't move; and, without writes to disk, persistent ones that the step writes: their final
+    version can only be in memory, and so can every version before it.
+    """
+    written = {storage for op in problem.ops for storage in op.writes}
+    return frozenset(
+        index
+        for index, storage in enumerate(problem.storages)
+        if storage.persistent and (not storage.movable or (not problem.can_offload and index in written))
+    )
+
+
+def working_set(problem: Problem) -> tuple[int, str]:
+    """The least budget that any schedule needs, and the name of the op that needs it.
+
+    max over ops of min over choices of (constant + always live + reads + writes + creates + workspace); at the
+    end the outputs are live together.
+    """
+    pinned = always_live(problem)
+    base = problem.constant_bytes + sum(problem.storages[s].size_bytes for s in pinned)
+    outputs = {index for index, storage in enumerate(problem.storages) if storage.output}
+    needs = [(base + _bytes(problem, outputs - pinned), "end of the step")]
+    needs += [(base + _op_bytes(problem, op, pinned), op.name) for op in problem.ops]
+    return max(needs, key=lambda need: need[0])
+
+
+def _op_bytes(problem: Problem, op: Op, pinned: frozenset[int]) -> int:
+    """Bytes beyond `pinned` in the op's least demanding choice."""
+    return min(
+        _bytes(problem, {*choice.reads, *op.writes, *op.creates} - pinned) + choice.workspace_bytes
+        for choice in op.choices
+    )
+
+
+def _bytes(problem: Problem, storages: set[int] | frozenset[int]) -> int:
+    return sum(problem.storages[storage].size_bytes for storage in storages)

@@ -1,0 +1,325 @@
+"""One round of evictions: lower every event that is above a target, cheapest microseconds per byte first.
+
+A value that is live across such an event, but not used by it, may be cut there and
+ * recomputed: its closure (all ops that must run again, given what stays live) is the price; the values inside the
+   closure are cut as well, so that they don't stay live in its place;
+ * recomputed from inputs that stay live longer in its place (a small bf16 tensor for a big fp32 one);
+ * spilled to disk, or, if persistent, given a home on disk;
+and the op that attains the peak may be run in another of its ways.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from solvers.decode import RUN, Decisions, Tables, Trace
+from solvers.emit import Ints, Profile
+
+CLOSURE_LIMIT = 300
+NEARBY_GROUPS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Decisions and what they lead to."""
+
+    decisions: Decisions
+    trace: Trace
+    profile: Profile
+
+
+@dataclass(slots=True)
+class Closure:
+    """What bringing a value back takes: microseconds, inputs kept longer, storages rebuilt, ops run again."""
+
+    cost_us: float = 0.0
+    extended: list[int] = field(default_factory=list)
+    rebuilt: list[int] = field(default_factory=list)
+    ops: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Eviction:
+    """One way to free bytes at an event. how: "rerun", "disk" or "choice"."""
+
+    how: str
+    gain_bytes: int
+    cost_us: float
+    closure: Closure | None = None
+
+    @property
+    def ratio(self) -> float:
+        """Microseconds per byte."""
+        return self.cost_us / self.gain_bytes
+
+
+@dataclass(slots=True)
+class Rates:
+    """How the rounds judge: price_us_per_byte grows with the evictions made; transfers count with a weight < 1
+    where they overlap compute; storages up to tiny_bytes stay; lost storages can't be recomputed."""
+
+    transfer_weight: float
+    tiny_bytes: int
+    price_us_per_byte: float = 0.0
+    lost: set[int] = field(default_factory=set)
+
+
+class Round:
+    """Works on a copy of the state's decisions; `run` gives the new ones."""
+
+    def __init__(self, tables: Tables, state: State, target_bytes: int, rates: Rates) -> None:
+        self.tables, self.trace, self.rates, self.target = tables, state.trace, rates, target_bytes
+        self.decisions = state.decisions.copy()
+        self.live = state.profile.live_bytes.copy()
+        trace = state.trace
+        self.instance = np.array(trace.seg_instance, dtype=np.int64)
+        self.start = np.array(trace.seg_start, dtype=np.int64)
+        self.end = np.array(trace.seg_end, dtype=np.int64)
+        self.storage: Ints = np.array(trace.inst_storage, dtype=np.int64)[self.instance]
+        sizes, pinned = np.array(tables.size, dtype=np.int64), np.array(tables.pinned, dtype=bool)
+        self.open = (sizes[self.storage] > rates.tiny_bytes) & ~pinned[self.storage] & (self.end - self.start > 1)
+        self.evicted = np.zeros(len(self.start), dtype=bool)
+        self.birth = np.array(trace.inst_birth, dtype=np.int64)
+        self.last = np.array(trace.inst_last, dtype=np.int64)
+        self.kept_longer: list[tuple[int, int, int]] = []  # (storage, first event, last event)
+        self.reruns = _reruns(trace)
+        self.run_count = _run_counts(trace, len(tables.reads))
+        self.present: dict[int, int] = {}
+        self.applied = 0
+
+    def group_of(self, event: int) -> int:
+        """The group of an event; -1 before the first one, the last group after the last one."""
+        if event < 0:
+            return -1
+        return self.trace.group[event] if event < len(self.trace.group) else len(self.tables.reads)
+
+    def run(self) -> Decisions | None:
+        """Evict at every event above the target. None if nothing could be evicted anywhere."""
+        while len(self.live):
+            event = int(self.live.argmax())
+            if self.live[event] <= self.target:
+                break
+            self.relieve(event)
+            self.live[event] = min(int(self.live[event]), self.target)
+        return self.decisions if self.applied else None
+
+    def relieve(self, event: int) -> None:
+        """Evict at one event, cheapest first, until it is at the target. Prices are refreshed when their turn comes."""
+        self.present = self.present_at(event)
+        heap: list[tuple[float, int]] = []
+        inside = np.flatnonzero((self.start < event) & (self.end > event) & self.open & ~self.evicted)
+        for candidate in (*inside.tolist(), *(-1 - k for k in self.other_choices(event))):
+            eviction = self.price(candidate, event)
+            if eviction is not None:
+                heap.append((eviction.ratio, candidate))
+        heapq.heapify(heap)
+        while heap and self.live[event] > self.target:
+            ratio, candidate = heapq.heappop(heap)
+            fresh = self.price(candidate, event)
+            if fresh is None:
+                continue
+            if heap and fresh.ratio > ratio * 1.0001 and fresh.ratio > heap[0][0]:
+                heapq.heappush(heap, (fresh.ratio, candidate))
+                continue
+            self.apply(fresh, candidate, event)
+
+    def present_at(self, event: int) -> dict[int, int]:
+        """Storages in memory during the event -> version, as far as this round knows."""
+        inside = np.flatnonzero((self.birth <= event) & (self.last >= event)).tolist()
+        present = {self.trace.inst_storage[i]: self.trace.inst_version[i] for i in inside}
+        gone = np.flatnonzero(self.evicted & (self.start < event) & (self.end > event))
+        for storage in self.storage[gone].tolist():
+            present.pop(storage, None)
+        for storage, first, last in self.kept_longer:
+            if first < event < last:
+                present[storage] = self.tables.final[storage]
+        return present
+
+    def other_choices(self, event: int) -> list[int]:
+        """Choices of the event's op with less workspace than its present one."""
+        if self.trace.kind[event] != RUN:
+            return []
+        op = self.trace.subject[event]
+        choices = self.tables.problem.ops[op].choices
+        now = choices[self.decisions.choice[op]]
+        return [k for k, choice in enumerate(choices) if choice.workspace_bytes < now.workspace_bytes]
+
+    def price(self, candidate: int, event: int) -> Eviction | None:
+        """The best way to evict segment `candidate` (or to take choice -1 - candidate) at the event; None: no way."""
+        if candidate < 0:
+            return self.price_choice(-1 - candidate, event)
+        storage = int(self.storage[candidate])
+        if self.boundary(candidate, event) is None:
+            return None
+        if self.tables.problem.storages[storage].persistent:
+            return self.price_away(storage)
+        ways = [self.price_spill(storage), self.price_rerun(candidate, event, self.rates.price_us_per_byte)]
+        if ways[1] is None or ways[1].closure is None or ways[1].closure.extended:
+            ways.append(self.price_rerun(candidate, event, float("inf")))
+        return min((way for way in ways if way is not None), key=lambda way: way.ratio, default=None)
+
+    def boundary(self, segment: int, event: int) -> int | None:
+        """Where to cut the segment; None if it begins and ends in one group."""
+        first, last = self.group_of(int(self.start[segment])), self.group_of(int(self.end[segment]))
+        group = max(self.group_of(event), first + 1)
+        return group if group <= last else None
+
+    def price_choice(self, k: int, event: int) -> Eviction | None:
+        op = self.trace.subject[event]
+        choices = self.tables.problem.ops[op].choices
+        now, other = choices[self.decisions.choice[op]], choices[k]
+        more = sum(self.tables.size[s] for s in other.reads if s not in self.present)
+        gain = now.workspace_bytes - other.workspace_bytes - more
+        if gain <= 0:
+            return None
+        return Eviction("choice", gain, max(0, other.time_us - now.time_us) * self.run_count[op])
+
+    def price_away(self, storage: int) -> Eviction | None:
+        tables = self.tables
+        if not tables.may_leave[storage] or (storage in tables.written and not tables.may_spill[storage]):
+            return None
+        cost = tables.read_us[storage]
+        if storage in tables.written and storage not in self.decisions.away:
+            cost += tables.write_us[storage]
+        return Eviction("disk", tables.size[storage], cost * self.rates.transfer_weight)
+
+    def price_spill(self, storage: int) -> Eviction | None:
+        if not self.tables.may_spill[storage]:
+            return None
+        cost = self.tables.read_us[storage]
+        if storage not in self.decisions.spilled:
+            cost += self.tables.write_us[storage]
+        return Eviction("disk", self.tables.size[storage], cost * self.rates.transfer_weight)
+
+    def price_rerun(self, segment: int, event: int, price: float) -> Eviction | None:
+        """Recompute at the segment's end. Inputs that aren't live stay live longer where that beats price."""
+        storage = int(self.storage[segment])
+        if storage in self.decisions.spilled:
+            return None
+        version = self.trace.inst_version[int(self.instance[segment])]
+        closure = self.closure(storage, version, self.group_of(int(self.end[segment])), price)
+        if closure is None:
+            return None
+        gain = self.tables.size[storage] - sum(self.tables.size[s] for s in closure.extended)
+        if gain * 8 < self.tables.size[storage] or gain <= 0:
+            return None
+        return Eviction("rerun", gain, closure.cost_us, closure)
+
+    def closure(self, storage: int, version: int, use: int, price: float) -> Closure | None:
+        """What must run again so that the value is back at group `use`. None if that is impossible or too long."""
+        result, seen = Closure(), {storage}
+        stack = [(storage, version, True)]
+        tables, rates = self.tables, self.rates
+        while stack:
+            wanted, version, is_root = stack.pop()
+            producer = tables.producer.get((wanted, version), -1)
+            op = tables.problem.ops[producer] if producer >= 0 else None
+            cost = op.choices[self.decisions.choice[producer]].time_us if op else 0
+            small = tables.size[wanted] <= max(rates.tiny_bytes, cost / price if price else float("inf"))
+            if not is_root and small and price != float("inf") and self.still_there(wanted, version, use):
+                result.extended.append(wanted)
+                continue
+            if op is None or not op.rerunnable or wanted in rates.lost or len(result.ops) > CLOSURE_LIMIT:
+                return None
+            result.rebuilt.append(wanted)
+            if producer in result.ops:
+                continue
+            result.ops.append(producer)
+            result.cost_us += 0 if self.runs_nearby(producer, use) else cost
+            for need, need_version in tables.needs(producer, self.decisions.choice[producer]):
+                if need in tables.written and tables.version_at(need, use) != need_version and (
+                    tables.created_by[need] < 0 or need != wanted
+                ):
+                    return None
+                if self.present.get(need) == need_version and need != storage:
+                    continue
+                if self.comes_from_disk(need):
+                    result.cost_us += rates.transfer_weight * tables.read_us[need]
+                elif need not in seen or need in tables.written:
+                    seen.add(need)
+                    stack.append((need, need_version, False))
+        return result
+
+    def comes_from_disk(self, storage: int) -> bool:
+        return storage in self.decisions.away or storage in self.decisions.spilled
+
+    def still_there(self, storage: int, version: int, use: int) -> bool:
+        """The value existed before and nothing writes it until group `use`: it can stay live longer."""
+        return self.tables.version_at(storage, use) == version
+
+    def runs_nearby(self, op: int, use: int) -> bool:
+        """The op runs again anyway, at most a little before or after group `use`."""
+        return any(abs(group - use) <= NEARBY_GROUPS for group in self.reruns.get(op, ()))
+
+    def apply(self, eviction: Eviction, candidate: int, event: int) -> None:
+        """Carry the eviction out in the decisions and in the estimate of live bytes."""
+        self.applied += 1
+        self.rates.price_us_per_byte = max(self.rates.price_us_per_byte, eviction.ratio)
+        if eviction.how == "choice":
+            op = self.trace.subject[event]
+            self.decisions.choice[op] = -1 - candidate
+            self.live[event] -= eviction.gain_bytes
+            return
+        storage, boundary = int(self.storage[candidate]), self.boundary(candidate, event)
+        assert boundary is not None
+        self.drop(candidate)
+        if self.tables.problem.storages[storage].persistent:
+            self.move_away(storage)
+        elif eviction.how == "disk":
+            self.decisions.spilled.add(storage)
+        inner = 0 < boundary and 0 <= self.start[candidate] and self.end[candidate] < len(self.live)
+        if inner or not self.tables.problem.storages[storage].persistent:
+            self.decisions.cut(storage, boundary)
+        if eviction.closure is not None:
+            self.apply_closure(eviction.closure, candidate, boundary)
+
+    def apply_closure(self, closure: Closure, candidate: int, boundary: int) -> None:
+        first, last = int(self.start[candidate]), int(self.end[candidate])
+        for storage in closure.rebuilt:
+            if self.tables.size[storage] > self.rates.tiny_bytes:
+                self.decisions.cut(storage, boundary)
+        for storage in closure.extended:
+            self.kept_longer.append((storage, first, last))
+            self.present[storage] = self.tables.final[storage]
+            self.live[max(first + 1, 0) : last] += self.tables.size[storage]
+        for op in closure.ops:
+            self.reruns.setdefault(op, []).append(self.group_of(last))
+
+    def drop(self, segment: int) -> None:
+        """The segment no longer occupies memory between its two events."""
+        storage = int(self.storage[segment])
+        self.evicted[segment] = True
+        self.present.pop(storage, None)
+        self.live[self.start[segment] + 1 : self.end[segment]] -= self.tables.size[storage]
+
+    def move_away(self, storage: int) -> None:
+        """Give a persistent storage its home on disk: it leaves memory before its first and after its last use."""
+        if storage in self.decisions.away:
+            return
+        self.decisions.away.add(storage)
+        outer = (self.start < 0) | (self.end >= len(self.live))
+        for segment in np.flatnonzero((self.storage == storage) & outer & ~self.evicted).tolist():
+            self.drop(segment)
+
+
+def _reruns(trace: Trace) -> dict[int, list[int]]:
+    """Op -> groups in which it runs again."""
+    seen: set[int] = set()
+    result: dict[int, list[int]] = {}
+    for kind, subject, group in zip(trace.kind, trace.subject, trace.group, strict=True):
+        if kind == RUN and subject in seen:
+            result.setdefault(subject, []).append(group)
+        elif kind == RUN:
+            seen.add(subject)
+    return result
+
+
+def _run_counts(trace: Trace, count: int) -> list[int]:
+    result = [0] * count
+    for kind, subject in zip(trace.kind, trace.subject, strict=True):
+        if kind == RUN:
+            result[subject] += 1
+    return result

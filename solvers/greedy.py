@@ -1,0 +1,64 @@
+"""The greedy descent: from keep-all towards less memory, one round of evictions after the other.
+
+The path doesn't depend on the budget: a smaller budget only means walking further down the same path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from solvers.decode import DecodeError, Decisions, Tables, decode
+from solvers.emit import profile
+from solvers.evict import Rates, Round, State
+
+SMALL_OPS = 200
+TINY_FRACTION = 1 / 20_000
+
+
+def evaluate(tables: Tables, decisions: Decisions) -> State:
+    """Decode and measure. Raises DecodeError."""
+    trace = decode(tables, decisions)
+    return State(decisions, trace, profile(tables, decisions, trace))
+
+
+def first_decisions(tables: Tables) -> Decisions:
+    """Keep everything, run every op in its fastest way; persistent storages in memory."""
+    choice = [min(range(len(op.choices)), key=lambda k: (op.choices[k].time_us, k)) for op in tables.problem.ops]
+    return Decisions(choice)
+
+
+def descend(tables: Tables, transfer_weight: float, patience: int = 12) -> Iterator[State]:
+    """States of falling peak, from keep-all on; ends where nothing helps for `patience` rounds.
+
+    transfer_weight: what an overlapped transfer counts, as a fraction of its duration.
+    """
+    small = len(tables.problem.ops) <= SMALL_OPS
+    state = evaluate(tables, first_decisions(tables))
+    yield state
+    rates = Rates(transfer_weight, 0 if small else int(state.profile.peak_bytes * TINY_FRACTION))
+    best, idle = state.profile.peak_bytes, 0
+    while idle < patience:
+        peak = state.profile.peak_bytes
+        rates.tiny_bytes = 0 if small else int(best * TINY_FRACTION)
+        target = peak - 1 if small else int(peak * (0.96 if idle == 0 else 0.99))
+        following = next_state(tables, state, target, rates)
+        if following is None:
+            break
+        state = following
+        idle = 0 if state.profile.peak_bytes < best else idle + 1
+        best = min(best, state.profile.peak_bytes)
+        yield state
+
+
+def next_state(tables: Tables, state: State, target_bytes: int, rates: Rates) -> State | None:
+    """One round. Storages that turn out not to be recomputable are noted in rates.lost, and the round is repeated."""
+    while True:
+        decisions = Round(tables, state, target_bytes, rates).run()
+        if decisions is None:
+            return None
+        try:
+            return evaluate(tables, decisions)
+        except DecodeError as error:
+            if error.storage in rates.lost:
+                return None
+            rates.lost.add(error.storage)

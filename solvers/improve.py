@@ -1,0 +1,227 @@
+"""Make a plan faster inside its budget: take evictions back where memory allows, and large-neighbourhood search."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from solvers.decode import RUN, DecodeError, Decisions, Tables, Trace
+from solvers.evict import Rates, State
+from solvers.greedy import SMALL_OPS, TINY_FRACTION, evaluate, next_state
+
+REFILL_OPS = 100_000  # ops decoded per refill round, roughly
+
+
+@dataclass(frozen=True, slots=True)
+class Undo:
+    """One decision that could be taken back: bytes more in events first..last, microseconds saved."""
+
+    kind: str  # "cut", "away" or "choice"
+    subject: int
+    value: int
+    size_bytes: int
+    spans: tuple[tuple[int, int], ...]
+    saved_us: float
+
+    def apply(self, decisions: Decisions) -> None:
+        """Take the decision back in place."""
+        if self.kind == "cut":
+            if self.value in decisions.cuts.get(self.subject, ()):
+                decisions.uncut(self.subject, self.value)
+        elif self.kind == "away":
+            decisions.away.discard(self.subject)
+        else:
+            decisions.choice[self.subject] = self.value
+
+
+def score(state: State, transfer_weight: float) -> float:
+    """Estimated microseconds: compute, and the part of the transfers that isn't hidden."""
+    profile = state.profile
+    return profile.compute_us + transfer_weight * profile.transfer_us + 1e-3 * len(state.trace.kind)
+
+
+def refill(tables: Tables, state: State, weight: float, deadline: float = float("inf"), rounds: int = 3) -> State:
+    """Take decisions back, most microseconds per byte first, as long as the peak stays within the budget."""
+    for _ in range(rounds):
+        undos = _fitting(tables, state, _undos(tables, state, weight))
+        trials = [REFILL_OPS // (len(tables.reads) + 1) + 8]
+        better = _try(tables, state, undos, weight, deadline, trials) if undos else state
+        if better is state:
+            break
+        state = better
+    return state
+
+
+def _undos(tables: Tables, state: State, weight: float) -> list[Undo]:
+    """Every decision that could be taken back, by saved time per byte and event, best first."""
+    undos = [*_undo_cuts(tables, state, weight), *_undo_away(tables, state, weight), *_undo_choices(tables, state)]
+    return sorted(undos, key=lambda undo: -undo.saved_us / (undo.size_bytes + 1))
+
+
+def _undo_cuts(tables: Tables, state: State, weight: float) -> list[Undo]:
+    """A cut between two instances of a storage: the first would stay live until the second begins."""
+    trace, cuts = state.trace, state.decisions.cuts
+    previous: dict[int, int] = {}
+    written = set(trace.writes)
+    result = []
+    for i, storage in enumerate(trace.inst_storage):
+        before, birth = previous.get(storage), trace.inst_birth[i]
+        previous[storage] = i
+        if before is None or storage not in cuts:
+            continue
+        last, end = trace.inst_last[before], trace.group[birth]
+        start = trace.group[last] if last >= 0 else -1
+        saved = _rebirth_us(tables, state, birth) * (weight if trace.kind[birth] != RUN else 1.0)
+        saved += weight * tables.write_us[storage] if before in written else 0
+        for boundary in cuts[storage]:
+            if start < boundary <= end:
+                result.append(Undo("cut", storage, boundary, tables.size[storage], ((last + 1, birth - 1),), saved))
+    return result
+
+
+def _rebirth_us(tables: Tables, state: State, event: int) -> int:
+    subject = state.trace.subject[event]
+    if state.trace.kind[event] != RUN:
+        return tables.read_us[subject]
+    return tables.problem.ops[subject].choices[state.decisions.choice[subject]].time_us
+
+
+def _undo_away(tables: Tables, state: State, weight: float) -> list[Undo]:
+    """A persistent storage would be in memory before its first and after its last event."""
+    trace, count = state.trace, len(state.trace.kind)
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for i, storage in enumerate(trace.inst_storage):
+        first.setdefault(storage, trace.inst_birth[i])
+        last[storage] = trace.inst_last[i]
+    result = []
+    for storage in sorted(state.decisions.away):
+        spans = ((0, first.get(storage, count) - 1), (last.get(storage, count) + 1, count - 1))
+        saved = tables.read_us[storage] + (tables.write_us[storage] if storage in tables.written else 0)
+        result.append(Undo("away", storage, 0, tables.size[storage], spans, weight * saved))
+    return result
+
+
+def _undo_choices(tables: Tables, state: State) -> list[Undo]:
+    """An op would run in a faster way with more workspace, at all its events."""
+    events: dict[int, list[int]] = {}
+    slow = {op for op, k in enumerate(state.decisions.choice) if _faster(tables, op, k)}
+    for event, (kind, subject) in enumerate(zip(state.trace.kind, state.trace.subject, strict=True)):
+        if kind == RUN and subject in slow:
+            events.setdefault(subject, []).append(event)
+    result = []
+    for op, at in events.items():
+        choices, now = tables.problem.ops[op].choices, state.decisions.choice[op]
+        for k in _faster(tables, op, now):
+            more = max(0, choices[k].workspace_bytes - choices[now].workspace_bytes)
+            saved = (choices[now].time_us - choices[k].time_us) * len(at)
+            result.append(Undo("choice", op, k, more, tuple((e, e) for e in at), saved))
+    return result
+
+
+def _faster(tables: Tables, op: int, now: int) -> list[int]:
+    choices = tables.problem.ops[op].choices
+    return [k for k, choice in enumerate(choices) if choice.time_us < choices[now].time_us]
+
+
+def _fitting(tables: Tables, state: State, undos: list[Undo]) -> list[Undo]:
+    """Those that fit together by the estimate, chosen in the given order."""
+    slack = tables.problem.budget_bytes - state.profile.live_bytes
+    chosen = []
+    for undo in undos:
+        if all(slack[a : b + 1].min(initial=undo.size_bytes) >= undo.size_bytes for a, b in undo.spans):
+            for a, b in undo.spans:
+                slack[a : b + 1] -= undo.size_bytes
+            chosen.append(undo)
+    return chosen
+
+
+def _try(
+    tables: Tables, state: State, undos: list[Undo], weight: float, deadline: float, trials: list[int]
+) -> State:
+    """Take all back together; where that doesn't help, each half in turn. trials[0]: how many more are allowed."""
+    if time.monotonic() > deadline or trials[0] <= 0:
+        return state
+    trials[0] -= 1
+    decisions = state.decisions.copy()
+    for undo in undos:
+        undo.apply(decisions)
+    try:
+        changed = evaluate(tables, decisions)
+        if changed.profile.peak_bytes <= tables.problem.budget_bytes and score(changed, weight) < score(state, weight):
+            return changed
+    except DecodeError:
+        pass
+    if len(undos) > 1:
+        state = _try(tables, state, undos[: len(undos) // 2], weight, deadline, trials)
+        state = _try(tables, state, undos[len(undos) // 2 :], weight, deadline, trials)
+    return state
+
+
+def search(
+    tables: Tables,
+    state: State,
+    weight: float,
+    deadline: float,
+    rounds: int,
+    seed: int,
+    progress: Callable[[str], None] | None = None,
+) -> State:
+    """Large-neighbourhood search: take back a random part of the decisions, evict again, refill; keep the better."""
+    draw = random.Random(seed)
+    for number in range(rounds):
+        if time.monotonic() > deadline:
+            break
+        candidate = _restart(tables, state, weight, deadline, draw)
+        if candidate is not None and score(candidate, weight) < score(state, weight):
+            state = candidate
+            if progress:
+                progress(f"search {number}: {score(state, weight) / 1e6:.4f} s")
+    return state
+
+
+def _restart(tables: Tables, state: State, weight: float, deadline: float, draw: random.Random) -> State | None:
+    """A neighbour within the budget, or None."""
+    budget, small = tables.problem.budget_bytes, len(tables.problem.ops) <= SMALL_OPS
+    rates = Rates(weight, 0 if small else int(budget * TINY_FRACTION), draw.choice([0.0, 1e-5, 1e-3, 1e-1]))
+    decisions = _perturbed(tables, state.decisions, state.trace, draw)
+    try:
+        current = evaluate(tables, decisions)
+    except DecodeError:
+        return None
+    for _ in range(40):
+        if current.profile.peak_bytes <= budget:
+            return refill(tables, current, weight, deadline, 1)
+        if time.monotonic() > deadline:
+            return None
+        target = max(budget, current.profile.peak_bytes - 1 if small else int(current.profile.peak_bytes * 0.9))
+        following = next_state(tables, current, target, rates)
+        if following is None:
+            return None
+        current = following
+    return None
+
+
+def _perturbed(tables: Tables, decisions: Decisions, trace: Trace, draw: random.Random) -> Decisions:
+    """Forget a random part: the cuts of a window of boundaries, or of some storages; some homes; some choices."""
+    result = decisions.copy()
+    count, share = len(tables.problem.ops), draw.choice([0.1, 0.3, 0.6])
+    low = draw.uniform(-share, 1.0) * count
+    window = draw.random() < 0.5
+    for storage, boundaries in decisions.cuts.items():
+        for boundary in boundaries:
+            if (low <= boundary <= low + share * count) if window else draw.random() < share:
+                result.uncut(storage, boundary)
+    for storage in sorted(decisions.spilled):
+        if draw.random() < share:
+            result.spilled.discard(storage)
+    for storage in sorted(decisions.away):
+        if draw.random() < share:
+            result.away.discard(storage)
+    fastest = [min(range(len(op.choices)), key=lambda k: (op.choices[k].time_us, k)) for op in tables.problem.ops]
+    result.choice = [best if draw.random() < share else now for best, now in zip(fastest, result.choice, strict=True)]
+    return result
+
+

@@ -1,0 +1,176 @@
+"""The one front door: a problem in, the fastest schedule found within its budget out, checked, with a proven gap."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from solvers.bounds import roofline_us, working_set
+from solvers.check import Report, ScheduleError, replay
+from solvers.decode import Tables
+from solvers.emit import emit, overlapped, synchronous
+from solvers.evict import State
+from solvers.greedy import descend
+from solvers.improve import refill, search
+from solvers.problem import Problem
+from solvers.schedule import Schedule, format_bytes
+
+EFFORTS = ("fast", "balanced", "proof")
+TRANSFER_WEIGHTS = (0.3, 1.0)
+READ_MARGINS = (1.0, 1.5, 2.5)
+SEARCH_ROUNDS = 400
+EXACT_OPS = 40
+
+
+class Infeasible(ValueError):
+    """No schedule within the budget was found.
+
+    smallest_found_bytes: a budget at which `solve` succeeds. lower_bound_bytes: no schedule exists below it;
+    binding_op: the op that needs so much.
+    """
+
+    def __init__(self, smallest_found_bytes: int, lower_bound_bytes: int, binding_op: str) -> None:
+        super().__init__(
+            f"no schedule fits the budget; the smallest budget found is {smallest_found_bytes} bytes "
+            f"({format_bytes(smallest_found_bytes)}), and {binding_op} alone needs {lower_bound_bytes} bytes: "
+            "raise the budget, or give the ops cheaper choices"
+        )
+        self.smallest_found_bytes = smallest_found_bytes
+        self.lower_bound_bytes = lower_bound_bytes
+        self.binding_op = binding_op
+
+    def __reduce__(self) -> tuple[type[Infeasible], tuple[int, int, str]]:
+        return (Infeasible, (self.smallest_found_bytes, self.lower_bound_bytes, self.binding_op))
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """A checked schedule. bound_us holds for every schedule of the problem, in any order and with overlapped
+    transfers; gap = time / bound - 1. exact_bound_us, where the exact model ran, holds only for its space: base
+    order, each op at most twice, synchronous transfers. method: what found the schedule."""
+
+    schedule: Schedule
+    report: Report
+    bound_us: int
+    gap: float
+    method: str
+    exact_bound_us: int | None = None
+
+
+@dataclass(slots=True)
+class _Best:
+    """The fastest valid schedule so far."""
+
+    problem: Problem
+    schedule: Schedule | None = None
+    report: Report | None = None
+    method: str = ""
+
+    def offer(self, schedule: Schedule, method: str) -> None:
+        """Replay the schedule; keep it if it is valid and faster (at equal time: smaller peak)."""
+        try:
+            report = replay(self.problem, schedule)
+        except ScheduleError:
+            return
+        if self.report is None or (report.time_us, report.peak_bytes) < (self.report.time_us, self.report.peak_bytes):
+            self.schedule, self.report, self.method = schedule, report, method
+
+
+def solve(
+    problem: Problem,
+    effort: str = "balanced",
+    time_limit_s: float = 20.0,
+    seed: int = 0,
+    hints: Sequence[Schedule] = (),
+    progress: Callable[[str], None] | None = None,
+) -> Solution:
+    """The fastest schedule found within the budget.
+
+    effort: "fast" (greedy), "balanced" (and search, and on small problems the exact model), "proof" (exact model until
+    the limit). The limit cuts only what comes after the greedy answer. hints: schedules to start from.
+    Raises ProblemError for a malformed problem, Infeasible if nothing fits, ValueError for an unknown effort.
+    """
+    if effort not in EFFORTS:
+        raise ValueError(f"effort {effort!r} is unknown: take one of {', '.join(EFFORTS)}")
+    problem.validate()
+    deadline = time.monotonic() + time_limit_s
+    tables, best = Tables(problem), _Best(problem)
+    for hint in hints:
+        best.offer(hint, "hint")
+    smallest_found = _offer_greedy(tables, best, effort, deadline, seed, progress)
+    exact_bound = _offer_exact(problem, best, effort, deadline)
+    if best.schedule is None or best.report is None:
+        raise Infeasible(min(smallest_found), *working_set(problem))
+    bound = roofline_us(problem)
+    gap = best.report.time_us / bound - 1 if bound else 0.0
+    return Solution(best.schedule, best.report, bound, gap, best.method, exact_bound)
+
+
+def smallest(problem: Problem) -> tuple[int, Schedule]:
+    """The smallest budget found, and a schedule with that peak (time comes second)."""
+    problem.validate()
+    tables = Tables(problem)
+    states = [min(descend(tables, weight), key=_tightness) for weight in TRANSFER_WEIGHTS]
+    best = min(states, key=_tightness)
+    schedule = emit(tables, best.decisions, best.trace, synchronous(best.trace))
+    return replay(problem, schedule, enforce_budget=False).peak_bytes, schedule
+
+
+def _tightness(state: State) -> tuple[int, int]:
+    return state.profile.peak_bytes, state.profile.time_us
+
+
+def _offer_greedy(
+    tables: Tables, best: _Best, effort: str, deadline: float, seed: int, progress: Callable[[str], None] | None
+) -> list[int]:
+    """Walk down each greedy path to the budget, refill, search; returns the smallest peak of each path."""
+    smallest_found = []
+    bound = roofline_us(tables.problem)
+    for weight in TRANSFER_WEIGHTS:
+        path = list(_until_fit(tables, weight))
+        smallest_found.append(min(state.profile.peak_bytes for state in path))
+        if smallest_found[-1] > tables.problem.budget_bytes:
+            continue
+        state = path[-1]
+        _offer_state(tables, best, state, "greedy")
+        state = refill(tables, state, weight)
+        _offer_state(tables, best, state, "greedy")
+        if progress and best.report:
+            progress(f"greedy (transfers x {weight}): {best.report.time_us / 1e6:.4f} s")
+        if best.report and best.report.time_us <= bound:
+            break
+        if effort == "balanced":
+            share = time.monotonic() + (deadline - time.monotonic()) / (2 if weight == TRANSFER_WEIGHTS[0] else 1)
+            _offer_state(tables, best, search(tables, state, weight, share, SEARCH_ROUNDS, seed, progress), "search")
+    return smallest_found
+
+
+def _until_fit(tables: Tables, weight: float) -> Iterator[State]:
+    """The greedy path up to its first state within the budget."""
+    for state in descend(tables, weight):
+        yield state
+        if state.profile.peak_bytes <= tables.problem.budget_bytes:
+            return
+
+
+def _offer_state(tables: Tables, best: _Best, state: State, method: str) -> None:
+    """Offer the state's schedule with synchronous and with overlapped transfers."""
+    decisions, trace = state.decisions, state.trace
+    best.offer(emit(tables, decisions, trace, synchronous(trace)), method)
+    if state.profile.transfer_us:
+        for margin in READ_MARGINS:
+            transfers = overlapped(tables, decisions, trace, state.profile.live_bytes, margin)
+            best.offer(emit(tables, decisions, trace, transfers), method)
+
+
+def _offer_exact(problem: Problem, best: _Best, effort: str, deadline: float) -> int | None:
+    """The exact model, on small problems; returns its bound."""
+    if effort == "fast" or len(problem.ops) > EXACT_OPS:
+        return None
+    from solvers.cp_sat import solve_exact
+
+    answer = solve_exact(problem, max(1.0, deadline - time.monotonic()), best.schedule)
+    if answer.schedule is not None:
+        best.offer(answer.schedule, "exact")
+    return answer.bound_us
