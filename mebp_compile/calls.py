@@ -38,6 +38,8 @@ def call(op: Op, names: Mapping[str, str], out: tuple[str, ...], new: str) -> st
     if op.target.startswith("py."):
         return _number(op.target, args)
     name = op.target.split(".")[1]
+    if op.target.startswith(("run.", "tile.")):
+        return _verb(op.target, args, out)
     if op.target == "aten._local_scalar_dense.default":
         return f"{args[0]}.item()"
     if out:
@@ -47,6 +49,15 @@ def call(op: Op, names: Mapping[str, str], out: tuple[str, ...], new: str) -> st
     if name in VIEW_METHODS and not op.creates and op.target.startswith("aten."):
         return f"{args[0]}.{_view(name, op, args)}({', '.join([*args[1:], *kwargs])})"
     return f"{_function(op.target)}({', '.join([*args, *kwargs])})"
+
+
+def _verb(target: str, args: list[str], out: tuple[str, ...]) -> str:
+    """A verb of the engine, or a tile of a Loop taken from or put into a whole tensor."""
+    if target == "tile.take":
+        return f"{args[0]}[{args[1]}]"
+    if target == "tile.put":
+        return f"{args[0]}[:, {args[1]}] = {args[2]}"
+    return f"{target}({', '.join([*args, *(f'out={buffer}' for buffer in out)])})"
 
 
 def _filled(op: Op, args: list[str], kwargs: list[str], out: tuple[str, ...]) -> str:

@@ -138,16 +138,21 @@ class _Writer:
     def _loop(self, number: int, op: Op, choice: int, again: bool) -> None:
         """A Loop run tile by tile: one line that makes the result, then the `for` with the body one op a line."""
         loop = op.menu[choice - 1]
+        assert op.body is not None
         result = self.graph.value[op.outputs[0] or ""]
         buffer = self._buffer(number, result.name) if self._in_arena(number, op) else self._new(result)
-        assert op.body is not None
-        inner = {name: self._use(name) for name in op.body.inputs if name in self.graph.value}
-        self._line(f"{result.name} = {buffer}", self._note(op, number, again) + f"  {loop.trips} tiles")
-        self.bound.setdefault(result.storage, []).append(result.name)
-        self._line(f"for tile in run.tiles({op.name!r}, {loop.trips}):")
+        in_memory = {name for name in op.body.inputs if self.graph.storage_of(name) in loop.reads}
+        inner = {name: self._use(name) if name in in_memory else "None" for name in op.body.inputs}
+        fresh = not self.bound.get(result.storage)
+        self._line(f"{result.name} = {buffer}", self._note(op, number, again))
+        self.bound.setdefault(result.storage, []).extend([result.name] if fresh else [])
+        self._line(f"for tile in run.tiles({op.body.name}, {loop.trips}):")
+        made: list[str] = []
         for body in op.body.ops:
-            given = {**{name: name for name in inputs_of(body)}, **inner}
-            self._line("    " + call(body, given, (), ""))
+            text = call(body, inner, (), "")
+            self._line(f"    {body.outputs[0]} = {text}" if body.outputs else f"    {text}")
+            made += [name for name in body.outputs if name]
+        self._line(f"    del {', '.join(made)}")
 
     def _free(self, storage: int) -> None:
         names = self.bound.pop(storage, [])

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.utils._pytree as pytree
 
 from mebp_compile import codegen
@@ -19,10 +18,13 @@ from mebp_compile.cost import measure_costs
 from mebp_compile.errors import MebpError, OptionError, StepPoisoned
 from mebp_compile.graph import Graph
 from mebp_compile.lower import lower
+from mebp_compile.lower.stream import stream_weights
 from mebp_compile.plan import Plan, build_problem, make_plan
+from mebp_compile.runtime.bind import Streamed, bind_weights
 from mebp_compile.runtime.guards import signature
 from mebp_compile.runtime.program import Program, load
 from mebp_compile.runtime.setup import make_engine
+from mebp_compile.runtime.weights import WeightStore
 
 
 def optimize(
@@ -31,6 +33,7 @@ def optimize(
     *,
     example: tuple[Any, ...] | None = None,
     state: Iterable[Any] | None = None,
+    weights: str | WeightStore | None = None,
     offload: str | Path | None = None,
     numerics: str = "exact",
     grads: str = "keep",
@@ -41,12 +44,14 @@ def optimize(
     """A step with the signature and the results of `step_fn` that never needs more memory than `budget`.
 
     `step_fn` does forward, backward and update in any order; its modules and optimizers are found in its closure or named in `state`. It is
-    captured at the first call, or now if `example` gives a batch. Raises BudgetError, OptionError, CaptureError, BudgetInfeasible.
+    captured at the first call, or now if `example` gives a batch. `weights` names a scheme for the frozen weights, or is a WeightStore
+    that has them; `offload` is a folder on disk for activations. Raises BudgetError, OptionError, CaptureError, BudgetInfeasible.
     """
     options = Options(parse_budget(budget), Path(offload) if offload is not None else None, numerics, grads, effort, time_limit_s, cache)
     if not callable(step_fn):
         raise OptionError(f"step_fn is a {type(step_fn).__name__}, not a callable", "pass the function that does forward, backward and update")
-    step = CompiledStep(step_fn, find_state(step_fn, state), options)
+    found = find_state(step_fn, state)
+    step = CompiledStep(step_fn, found, options, bind_weights(found, weights, options.offload_dir))
     if example is not None:
         step.prepare(*example)
     return step
@@ -55,8 +60,8 @@ def optimize(
 class CompiledStep:
     """A training step inside a budget: call it as the original. One program is kept for each batch geometry and set of guards."""
 
-    def __init__(self, step_fn: Callable[..., Any], state: State, options: Options) -> None:
-        self.step_fn, self.state, self.options = step_fn, state, options
+    def __init__(self, step_fn: Callable[..., Any], state: State, options: Options, streamed: Streamed | None = None) -> None:
+        self.step_fn, self.state, self.options, self.streamed = step_fn, state, options, streamed
         self.programs: dict[Any, list[Program]] = {}
         self.current: Program | None = None
         self.poisoned = ""
@@ -78,7 +83,7 @@ class CompiledStep:
         known = self.programs.get(signature(self.state, (batch, kwargs), self.ignored_gradients), [])
         self.current = next((program for program in known if program.applies(leaves)), None)
         if self.current is None:
-            self.current = build(self.step_fn, self.state, self.options, batch, kwargs)
+            self.current = build(self.step_fn, self.state, self.options, batch, kwargs, self.streamed)
             self.ignored_gradients |= frozenset(self.current.traced.cleared)
             self.programs.setdefault(signature(self.state, (batch, kwargs), self.ignored_gradients), []).append(self.current)
         return self.current
@@ -102,17 +107,16 @@ class CompiledStep:
         return self.program.plan
 
 
-def build(step_fn: Callable[..., Any], state: State, options: Options, batch: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+def build(
+    step_fn: Callable[..., Any], state: State, options: Options, batch: tuple[Any, ...], kwargs: dict[str, Any], streamed: Streamed | None = None
+) -> Program:
     """Capture, lower, cost, plan, generate, load: one program for one batch geometry."""
+    records = streamed.records if streamed else {}
     traced = capture(step_fn, state, batch, kwargs)
-    graph = lower(traced)
-    costs = measure_costs(graph, options)
+    graph = stream_weights(lower(traced), records)
+    costs, graph = measure_costs(graph, options, records)
     problem = build_problem(graph, costs, options.budget_bytes, options.offload_dir is not None, options.grads)
     plan = make_plan(graph, problem, options.effort, options.time_limit_s)
     code = codegen.generate(graph, plan)
     function, _ = load(code)
-    return Program(traced, graph, plan, code, make_engine(graph, plan, state, traced, options), function)
-
-
-def plan_only() -> None:
-    torch.manual_seed  # noqa: B018
+    return Program(traced, graph, plan, code, make_engine(graph, plan, state, traced, options, streamed), function)

@@ -1,10 +1,220 @@
-"""Costs"""
+"""Costs: microseconds and workspace of every op of a graph, and the speed of the disk, on this machine.
+
+Each distinct call (op, shapes, strides, dtypes, constants) is measured once in a spawned child and kept in the cache folder, in a file named
+after everything that a time depends on. The same child checks which tilings of a matmul are bit-equal at the very shapes used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mebp_compile.config import Options, cache_dir
+from mebp_compile.errors import CacheError
+from mebp_compile.graph import Arg, Const, Graph, LoopChoice, Op, Ref, Value
+from mebp_compile.lower.stream import MATMULS, Record, tile_size
+from mebp_compile.measure.disk import measure_disk
+from mebp_compile.measure.ops import measure_ops
 from mebp_compile.plan import Costs, OpCost
 
-def measure_costs(graph, options):
-    ops = {}
-    for op in graph.ops:
-        n = sum(graph.storages[s].size_bytes for s in (*op.creates, *op.reads, *op.writes))
-        mult = 20 if any(k in op.target for k in ("mm", "attention")) else 1
-        ops[op.name] = OpCost(1 + mult * n // 10000, 0)
-    return Costs(ops)
+CALL_US = 2  # what Python needs to make any call
+Json = dict[str, Any]
+Progress = Callable[[str], None] | None
+FILLED_LIKE = {"bool": "mask", "uint8": "index:16", "int64": "index:2", "int32": "index:2"}
+
+
+def measure_costs(graph: Graph, options: Options, records: dict[str, Record] | None = None, progress: Progress = None) -> tuple[Costs, Graph]:
+    """Measured costs by op name, and the graph with each Loop's menu priced and reduced to the tilings proven bit-equal here."""
+    table = CostTable()
+    wanted = {op.name: _request(graph, op, records or {}) for op in graph.ops}
+    checks = {f"{op.name}/{choice.trips}": _check(graph, op, choice.trips) for op in graph.ops for choice in op.menu}
+    tiles = {f"{op.name}/{choice.trips}": _tile_request(graph, op, choice.trips) for op in graph.ops for choice in op.menu}
+    results = table.lookup([*wanted.values(), *checks.values(), *tiles.values()], progress)
+    costs = {name: _cost(results, request) for name, request in wanted.items()}
+    ops = tuple(replace(op, menu=tuple(_priced(graph, op, costs, results, checks, tiles))) if op.menu else op for op in graph.ops)
+    disk = table.disk(options.offload_dir) if options.offload_dir is not None else None
+    speeds = (disk["read"], disk["write"], disk["latency"]) if disk else (1000.0, 500.0, 100)
+    return Costs(costs, speeds[0], speeds[1], int(speeds[2]), True), replace(graph, ops=ops)
+
+
+# --- what is asked of the child ---
+
+
+def _request(graph: Graph, op: Op, records: dict[str, Record]) -> Json | None:
+    """The measurement of one op, or None for what costs no more than its call."""
+    if op.target.startswith("py.") or op.target == "aten._local_scalar_dense.default":
+        return None
+    if op.target == "run.dequantise":
+        return _dequantise_request(graph, op, records)
+    if op.target == "run.embedding":
+        return None
+    request: Json = {
+        "target": op.target,
+        "args": [_encode(graph, arg) for arg in op.args],
+        "kwargs": {key: _encode(graph, arg) for key, arg in op.kwargs},
+    }
+    if op.out and op.out_target.startswith("aten."):
+        request |= {"target": op.out_target, "out": [_tensor(graph.value[name or ""]) for name in op.outputs], "out_names": list(op.out)}
+    return request
+
+
+def _dequantise_request(graph: Graph, op: Op, records: dict[str, Record]) -> Json:
+    value = graph.value[op.outputs[0] or ""]
+    record = records[graph.storages[graph.storage_of(op.args[1].name)].source.replace("weight:", "parameter:", 1)]
+    codes = {"tensor": {"shape": list(record.codes_shape), "dtype": "uint8", "fill": "index:16"}}
+    scales = {"tensor": {"shape": list(record.scales_shape), "dtype": record.scales_dtype, "fill": "ones"}}
+    args = [codes, scales, record.scheme, list(value.shape), {"dtype": value.dtype}]
+    return {"target": "mebp.dequantise.out", "args": args, "kwargs": {}, "out": [_tensor(value)], "out_names": ["out"]}
+
+
+def _encode(graph: Graph, arg: Arg) -> Any:
+    if isinstance(arg, Ref):
+        value = graph.value[arg.name]
+        return 0.5 if value.dtype == "number" else _tensor(value)
+    if isinstance(arg, Const):
+        return {arg.kind: arg.name}
+    if isinstance(arg, tuple):
+        return [_encode(graph, part) for part in arg]
+    return arg
+
+
+def _tensor(value: Value) -> Json:
+    spec = {"shape": list(value.shape), "stride": list(value.stride), "dtype": value.dtype}
+    return {"tensor": {**spec, "fill": FILLED_LIKE.get(value.dtype, "normal")}}
+
+
+def _tile_request(graph: Graph, op: Op, trips: int) -> Json:
+    """The matmul of one tile."""
+    rows, inner, width = _matmul_shape(graph, op)
+    size = tile_size(width, trips)
+    dtype = graph.value[op.outputs[0] or ""].dtype
+    first = {"tensor": {"shape": [rows, inner], "dtype": dtype, "fill": "normal"}}
+    transposed = op.body is not None and op.body.ops[0].target == "run.rows"
+    second = {"shape": [inner, size], "stride": [1, inner] if transposed else [size, 1], "dtype": dtype, "fill": "normal"}
+    return {"target": "aten.mm.default", "args": [first, {"tensor": second}], "kwargs": {}}
+
+
+def _check(graph: Graph, op: Op, trips: int) -> Json:
+    """Whole matmul against the same matmul in tiles of output columns, compared in raw bytes by the child."""
+    rows, inner, width = _matmul_shape(graph, op)
+    size = tile_size(width, trips)
+    transposed = op.body is not None and op.body.ops[0].target == "run.rows"
+    dtype = graph.value[op.outputs[0] or ""].dtype
+    inputs = {"x": {"tensor": {"shape": [rows, inner], "dtype": dtype}}, "w": {"tensor": {"shape": [width, inner] if transposed else [inner, width], "dtype": dtype}}}
+    bias = op.target == "aten.addmm.default"
+    if bias:
+        inputs["b"] = {"tensor": {"shape": [width], "dtype": dtype}}
+    tile = "w[i : i + {0}].contiguous().t()" if transposed else "w[:, i : i + {0}].contiguous()"
+    call = "torch.addmm(b[{1}], x, {0})" if bias else "torch.mm(x, {0})"
+    whole = call.format("w.t()" if transposed else "w", ":")
+    part = call.format(tile.format(size), f"i : i + {size}")
+    unpack = "x, w" + (", b" if bias else "") + " = " + ", ".join(f"inputs[{name!r}]" for name in inputs)
+    tiled = f"y = x.new_empty({rows}, {width})\nfor i in range(0, {width}, {size}):\n    y[:, i : i + {size}] = {part}\nreturn y"
+    return {"kind": "equal", "inputs": inputs, "first": f"{unpack}\nreturn {whole}", "second": f"{unpack}\n{tiled}"}
+
+
+def _matmul_shape(graph: Graph, op: Op) -> tuple[int, int, int]:
+    first = graph.value[op.args[MATMULS[op.target] - 1].name]
+    result = graph.value[op.outputs[0] or ""]
+    return first.shape[0], first.shape[1], result.shape[1]
+
+
+# --- what comes back ---
+
+
+def _cost(results: dict[str, Json], request: Json | None) -> OpCost:
+    answer = results.get(_key(request), {}) if request else {}
+    return OpCost(CALL_US + int(answer.get("time_us") or 0), int(answer.get("workspace_bytes") or 0))
+
+
+def _priced(
+    graph: Graph, op: Op, costs: dict[str, OpCost], results: dict[str, Json], checks: dict[str, Json], tiles: dict[str, Json]
+) -> Iterable[LoopChoice]:
+    """The choices of an op's menu that are bit-equal here, each with its workspace and time."""
+    rows, inner, width = _matmul_shape(graph, op)
+    itemsize = graph.storages[op.creates[0]].size_bytes // (rows * width)
+    for choice in op.menu:
+        key = f"{op.name}/{choice.trips}"
+        if not results.get(_key(checks[key]), {}).get("equal"):
+            continue
+        size = tile_size(width, choice.trips)
+        one = _cost(results, tiles[key])
+        dense = size * inner * itemsize
+        packed = 0 if not choice.disk_bytes else -(-choice.disk_bytes * size // width) + 4096
+        workspace = dense + rows * size * itemsize + packed + max(one.workspace_bytes, 4096)
+        copies_us = (rows * size * itemsize + dense) // 8000
+        yield replace(choice, workspace_bytes=workspace, time_us=choice.trips * (one.time_us + copies_us + 20) + choice.disk_bytes // 1000)
+
+
+# --- the cache ---
+
+
+def fingerprint() -> Json:
+    """All that a measured time depends on."""
+    model = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    return {"cpu": model, "cores": os.cpu_count(), "torch": torch.__version__, "threads": torch.get_num_threads(), "format": 1}
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _key(request: Json | None) -> str:
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:24]
+
+
+class CostTable:
+    """Measured results by request, kept in one JSON file a machine."""
+
+    def __init__(self) -> None:
+        name = hashlib.sha256(json.dumps(fingerprint(), sort_keys=True).encode()).hexdigest()[:12]
+        self.path = cache_dir() / f"costs-{name}.json"
+        self.known: dict[str, Json] = self._load()
+
+    def _load(self) -> dict[str, Json]:
+        try:
+            return dict(json.loads(self.path.read_text())["results"])
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, KeyError) as error:
+            raise CacheError(f"the cost table {self.path} can't be read: {error}", "delete it, or set MEBP_CACHE to another folder") from error
+
+    def lookup(self, requests: Iterable[Json | None], progress: Progress = None) -> dict[str, Json]:
+        """Results by key, measuring what is not known yet."""
+        missing = {_key(request): request for request in requests if request and _key(request) not in self.known}
+        if missing:
+            if progress:
+                progress(f"measuring {len(missing)} ops")
+            answers = measure_ops([{"key": key, **request} for key, request in missing.items()], imports=["mebp_compile.quant"])
+            self.known.update(answers)
+            self._save()
+        return self.known
+
+    def disk(self, folder: Path) -> Json:
+        """Speed of the disk under `folder`: bytes a microsecond for reads and writes, and latency."""
+        key = f"disk:{os.stat(folder).st_dev}" if folder.exists() else f"disk:{folder}"
+        if key not in self.known:
+            speed = measure_disk(folder)
+            self.known[key] = {"read": speed.read_bytes_per_us, "write": speed.write_bytes_per_us, "latency": speed.latency_us}
+            self._save()
+        return self.known[key]
+
+    def _save(self) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            part = self.path.with_suffix(f".{os.getpid()}.part")
+            part.write_text(json.dumps({"machine": fingerprint(), "results": self.known}))
+            part.replace(self.path)
+        except OSError as error:
+            raise CacheError(f"the cost table {self.path} can't be written: {error}", "set MEBP_CACHE to a folder that can be written") from error

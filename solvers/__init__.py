@@ -6,10 +6,12 @@
 from solvers.check import Report, ScheduleError, replay
 from solvers.problem import Choice, Op, Problem, ProblemError, Storage
 from solvers.schedule import Free, Offload, Prefetch, Run, Schedule, Step, Wait
+from solvers.solve import Infeasible, Solution, smallest, solve
 
 __all__ = [
     "Choice",
     "Free",
+    "Infeasible",
     "Offload",
     "Op",
     "Prefetch",
@@ -19,8 +21,11 @@ __all__ = [
     "Run",
     "Schedule",
     "ScheduleError",
+    "Solution",
     "Step",
     "Storage",
     "Wait",
     "replay",
+    "smallest",
+    "solve",
 ]

@@ -18,7 +18,9 @@ import numpy as np
 from solvers.decode import RUN, Decisions, Tables, Trace
 from solvers.emit import Ints, Profile
 
-CLOSURE_LIMIT = 300
+CLOSURE_LIMITS = (40, 200)  # ops of a closure: short ones are tried first
+EVENTS_PER_ROUND = 60
+PRICE_FACTORS = (1.0, 8.0, float("inf"))
 NEARBY_GROUPS = 64
 
 
@@ -36,9 +38,32 @@ class Closure:
     """What bringing a value back takes: microseconds, inputs kept longer, storages rebuilt, ops run again."""
 
     cost_us: float = 0.0
+    extended_bytes: int = 0
     extended: list[int] = field(default_factory=list)
     rebuilt: list[int] = field(default_factory=list)
     ops: list[int] = field(default_factory=list)
+
+    def value(self, price: float) -> float:
+        """Microseconds, with each byte kept longer counted at `price`."""
+        return self.cost_us + (price * self.extended_bytes if self.extended_bytes else 0.0)
+
+    def mark(self) -> tuple[float, int, int, int, int]:
+        """A point to roll back to."""
+        return self.cost_us, self.extended_bytes, len(self.extended), len(self.rebuilt), len(self.ops)
+
+    def rollback(self, mark: tuple[float, int, int, int, int]) -> None:
+        """Forget what was added since `mark`."""
+        self.cost_us, self.extended_bytes = mark[0], mark[1]
+        del self.extended[mark[2] :], self.rebuilt[mark[3] :], self.ops[mark[4] :]
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """What a closure is asked for: storage to be back at group `use`; what a byte kept longer is worth."""
+
+    storage: int
+    use: int
+    price: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +88,7 @@ class Rates:
 
     transfer_weight: float
     tiny_bytes: int
-    price_us_per_byte: float = 0.0
+    price_us_per_byte: float = 1e-9
     lost: set[int] = field(default_factory=set)
 
 
@@ -89,6 +114,7 @@ class Round:
         self.run_count = _run_counts(trace, len(tables.reads))
         self.present: dict[int, int] = {}
         self.applied = 0
+        self.closure_limit = CLOSURE_LIMITS[0]
 
     def group_of(self, event: int) -> int:
         """The group of an event; -1 before the first one, the last group after the last one."""
@@ -97,14 +123,19 @@ class Round:
         return self.trace.group[event] if event < len(self.trace.group) else len(self.tables.reads)
 
     def run(self) -> Decisions | None:
-        """Evict at every event above the target. None if nothing could be evicted anywhere."""
-        while len(self.live):
+        """Evict at the events above the target, highest first. None if nothing can be evicted at the highest."""
+        for _ in range(EVENTS_PER_ROUND):
             event = int(self.live.argmax())
             if self.live[event] <= self.target:
                 break
-            self.relieve(event)
+            for self.closure_limit in CLOSURE_LIMITS:
+                self.relieve(event)
+                if self.live[event] <= self.target:
+                    break
+            if not self.applied:
+                return None
             self.live[event] = min(int(self.live[event]), self.target)
-        return self.decisions if self.applied else None
+        return self.decisions
 
     def relieve(self, event: int) -> None:
         """Evict at one event, cheapest first, until it is at the target. Prices are refreshed when their turn comes."""
@@ -129,13 +160,14 @@ class Round:
     def present_at(self, event: int) -> dict[int, int]:
         """Storages in memory during the event -> version, as far as this round knows."""
         inside = np.flatnonzero((self.birth <= event) & (self.last >= event)).tolist()
-        present = {self.trace.inst_storage[i]: self.trace.inst_version[i] for i in inside}
+        group = self.group_of(event)
+        present = {s: self.tables.version_at(s, group) for s in (self.trace.inst_storage[i] for i in inside)}
         gone = np.flatnonzero(self.evicted & (self.start < event) & (self.end > event))
         for storage in self.storage[gone].tolist():
             present.pop(storage, None)
         for storage, first, last in self.kept_longer:
             if first < event < last:
-                present[storage] = self.tables.final[storage]
+                present[storage] = self.tables.version_at(storage, group)
         return present
 
     def other_choices(self, event: int) -> list[int]:
@@ -156,9 +188,11 @@ class Round:
             return None
         if self.tables.problem.storages[storage].persistent:
             return self.price_away(storage)
-        ways = [self.price_spill(storage), self.price_rerun(candidate, event, self.rates.price_us_per_byte)]
-        if ways[1] is None or ways[1].closure is None or ways[1].closure.extended:
-            ways.append(self.price_rerun(candidate, event, float("inf")))
+        ways = [self.price_spill(storage)]
+        for factor in PRICE_FACTORS:
+            ways.append(self.price_rerun(candidate, event, factor * self.rates.price_us_per_byte))
+            if ways[-1] is not None and ways[-1].closure is not None and not ways[-1].closure.extended:
+                break
         return min((way for way in ways if way is not None), key=lambda way: way.ratio, default=None)
 
     def boundary(self, segment: int, event: int) -> int | None:
@@ -195,60 +229,67 @@ class Round:
         return Eviction("disk", self.tables.size[storage], cost * self.rates.transfer_weight)
 
     def price_rerun(self, segment: int, event: int, price: float) -> Eviction | None:
-        """Recompute at the segment's end. Inputs that aren't live stay live longer where that beats price."""
+        """Recompute at the segment's end. Inputs that aren't live stay live longer where that is worth `price`."""
         storage = int(self.storage[segment])
         if storage in self.decisions.spilled:
             return None
-        version = self.trace.inst_version[int(self.instance[segment])]
-        closure = self.closure(storage, version, self.group_of(int(self.end[segment])), price)
-        if closure is None:
+        use = self.group_of(int(self.end[segment]))
+        closure, size = Closure(), self.tables.size[storage]
+        version = self.tables.version_at(storage, use)
+        if not self.rebuild(storage, version, _Question(storage, use, price), closure, float("inf")):
             return None
-        gain = self.tables.size[storage] - sum(self.tables.size[s] for s in closure.extended)
-        if gain * 8 < self.tables.size[storage] or gain <= 0:
-            return None
-        return Eviction("rerun", gain, closure.cost_us, closure)
+        gain = size - closure.extended_bytes
+        return Eviction("rerun", gain, closure.cost_us, closure) if gain * 8 >= size and gain > 0 else None
 
-    def closure(self, storage: int, version: int, use: int, price: float) -> Closure | None:
-        """What must run again so that the value is back at group `use`. None if that is impossible or too long."""
-        result, seen = Closure(), {storage}
-        stack = [(storage, version, True)]
-        tables, rates = self.tables, self.rates
-        while stack:
-            wanted, version, is_root = stack.pop()
-            producer = tables.producer.get((wanted, version), -1)
-            op = tables.problem.ops[producer] if producer >= 0 else None
-            cost = op.choices[self.decisions.choice[producer]].time_us if op else 0
-            small = tables.size[wanted] <= max(rates.tiny_bytes, cost / price if price else float("inf"))
-            if not is_root and small and price != float("inf") and self.still_there(wanted, version, use):
-                result.extended.append(wanted)
-                continue
-            if op is None or not op.rerunnable or wanted in rates.lost or len(result.ops) > CLOSURE_LIMIT:
-                return None
-            result.rebuilt.append(wanted)
-            if producer in result.ops:
-                continue
-            result.ops.append(producer)
-            result.cost_us += 0 if self.runs_nearby(producer, use) else cost
-            for need, need_version in tables.needs(producer, self.decisions.choice[producer]):
-                if need in tables.written and tables.version_at(need, use) != need_version and (
-                    tables.created_by[need] < 0 or need != wanted
-                ):
-                    return None
-                if self.present.get(need) == need_version and need != storage:
-                    continue
-                if self.comes_from_disk(need):
-                    result.cost_us += rates.transfer_weight * tables.read_us[need]
-                elif need not in seen or need in tables.written:
-                    seen.add(need)
-                    stack.append((need, need_version, False))
-        return result
+    def rebuild(self, storage: int, version: int, question: _Question, closure: Closure, cap: float) -> bool:
+        """Add to the closure what running the value's producer again takes. False: impossible, or dearer than cap."""
+        tables, use = self.tables, question.use
+        producer = tables.producer.get((storage, version), -1)
+        if producer < 0 or not tables.problem.ops[producer].rerunnable or storage in self.rates.lost:
+            return False
+        closure.rebuilt.append(storage)
+        if producer in closure.ops:
+            return True
+        closure.ops.append(producer)
+        choice = self.decisions.choice[producer]
+        if not self.runs_nearby(producer, use):
+            closure.cost_us += tables.problem.ops[producer].choices[choice].time_us
+        if len(closure.ops) > self.closure_limit:
+            return False
+        for need, need_version in tables.needs(producer, choice):
+            chained = need == storage and tables.created_by[need] >= 0
+            if need in tables.written and not chained and tables.version_at(need, use) != need_version:
+                return False
+            if not self.bring(need, need_version, question, closure, cap):
+                return False
+        return closure.value(question.price) <= cap
+
+    def bring(self, storage: int, version: int, question: _Question, closure: Closure, cap: float) -> bool:
+        """Add to the closure what the input takes: nothing if live, a read, its own closure, or a longer life."""
+        is_root = storage == question.storage
+        if (not is_root and self.present.get(storage) == version) or storage in closure.extended:
+            return True
+        if not is_root and storage in closure.rebuilt:
+            return True
+        size = self.tables.size[storage]
+        if self.comes_from_disk(storage):
+            closure.cost_us += self.rates.transfer_weight * self.tables.read_us[storage]
+            return True
+        may_stay = not is_root and self.tables.version_at(storage, question.use) == version
+        mark = closure.mark()
+        if not may_stay or (size > self.rates.tiny_bytes and self.tables.created_by[storage] >= 0):
+            own_cap = closure.value(question.price) + question.price * size if may_stay else float("inf")
+            if self.rebuild(storage, version, question, closure, min(cap, own_cap)):
+                return True
+        closure.rollback(mark)
+        if not may_stay or (question.price == float("inf") and size > self.rates.tiny_bytes):
+            return False
+        closure.extended.append(storage)
+        closure.extended_bytes += size
+        return True
 
     def comes_from_disk(self, storage: int) -> bool:
         return storage in self.decisions.away or storage in self.decisions.spilled
-
-    def still_there(self, storage: int, version: int, use: int) -> bool:
-        """The value existed before and nothing writes it until group `use`: it can stay live longer."""
-        return self.tables.version_at(storage, use) == version
 
     def runs_nearby(self, op: int, use: int) -> bool:
         """The op runs again anyway, at most a little before or after group `use`."""
@@ -283,7 +324,7 @@ class Round:
                 self.decisions.cut(storage, boundary)
         for storage in closure.extended:
             self.kept_longer.append((storage, first, last))
-            self.present[storage] = self.tables.final[storage]
+            self.present[storage] = self.tables.version_at(storage, boundary)
             self.live[max(first + 1, 0) : last] += self.tables.size[storage]
         for op in closure.ops:
             self.reruns.setdefault(op, []).append(self.group_of(last))

@@ -36,6 +36,7 @@ def descend(tables: Tables, transfer_weight: float, patience: int = 12) -> Itera
     state = evaluate(tables, first_decisions(tables))
     yield state
     rates = Rates(transfer_weight, 0 if small else int(state.profile.peak_bytes * TINY_FRACTION))
+    rates.price_us_per_byte = 0.01 * (state.profile.compute_us + 1) / (state.profile.peak_bytes + 1)
     best, idle = state.profile.peak_bytes, 0
     while idle < patience:
         peak = state.profile.peak_bytes

@@ -185,7 +185,8 @@ def search(
 def _restart(tables: Tables, state: State, weight: float, deadline: float, draw: random.Random) -> State | None:
     """A neighbour within the budget, or None."""
     budget, small = tables.problem.budget_bytes, len(tables.problem.ops) <= SMALL_OPS
-    rates = Rates(weight, 0 if small else int(budget * TINY_FRACTION), draw.choice([0.0, 1e-5, 1e-3, 1e-1]))
+    rate = (state.profile.compute_us + 1) / (state.profile.peak_bytes + 1)
+    rates = Rates(weight, 0 if small else int(budget * TINY_FRACTION), rate * draw.choice([1e-3, 0.1, 1.0, 10.0]))
     decisions = _perturbed(tables, state.decisions, state.trace, draw)
     try:
         current = evaluate(tables, decisions)

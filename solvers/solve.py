@@ -170,7 +170,7 @@ def _offer_exact(problem: Problem, best: _Best, effort: str, deadline: float) ->
         return None
     from solvers.cp_sat import solve_exact
 
-    answer = solve_exact(problem, max(1.0, deadline - time.monotonic()), best.schedule)
+    answer = solve_exact(problem, max(1.0, deadline - time.monotonic()))
     if answer.schedule is not None:
         best.offer(answer.schedule, "exact")
     return answer.bound_us

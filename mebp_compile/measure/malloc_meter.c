@@ -1,9 +1,9 @@
 /* Counts the bytes that malloc has handed out: live now, and the highest since the last reset.
  *
- * LD_PRELOAD this library into a process; it wraps the whole malloc family and forwards to the next allocator. Sizes are
- * malloc_usable_size, so what is counted on allocation is what is taken off on free. It has no state but three numbers and
- * a small bootstrap buffer: dlsym, which finds the real functions, may itself allocate. Memory that a program maps itself
- * (mmap, thread stacks, Python's small-object arenas) is not malloc's and is not counted.
+ * LD_PRELOAD this library into a process; it wraps the whole malloc family and forwards to the next allocator. Sizes
+ * are malloc_usable_size, so what is counted on allocation is what is taken off on free. It has no state but two
+ * numbers and a small bootstrap buffer: dlsym, which finds the real functions, may itself allocate. Memory that a
+ * program maps itself (mmap, thread stacks, Python's small-object arenas) is not malloc's and is not counted.
  *
  * Read it with ctypes.CDLL(None): mebp_malloc_live, mebp_malloc_peak, mebp_malloc_reset_peak.
  */
@@ -136,7 +136,8 @@ static void *leave_bootstrap(void *pointer, size_t size) {
   return moved;
 }
 
-/* A block that moves holds both its old and its new bytes for a moment unless the kernel remaps it; this counts the change only. */
+/* A block that moves holds its old and its new bytes together for a moment, unless the kernel remaps it; only the change
+ * is counted. */
 EXPORT void *realloc(void *pointer, size_t size) {
   if (pointer == NULL) return malloc(size);
   if (from_bootstrap(pointer) || !ready()) return leave_bootstrap(pointer, size);

@@ -25,7 +25,7 @@ from mebp_compile.measure.child import ChildDied, run_child
 from mebp_compile.measure.malloc_meter import MallocMeter, library_path
 from mebp_compile.measure.process import set_malloc_thresholds
 
-TIME_PER_OP_US = 100_000.0
+TIME_PER_OP_US = 20_000.0
 MOST_RUNS = 50
 LARGE_OP_US = 50_000.0
 PATTERN_ELEMENTS = 1 << 20

@@ -283,6 +283,11 @@ def disk_errors(doing: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        fix = "free disk space, or use another disk" if full else "check the path, its permissions and the disk"
-        raise DiskError(f"{doing}: {error}", fix=fix) from error
+        raise disk_error(doing, error) from error
+
+
+def disk_error(doing: str, error: OSError) -> DiskError:
+    """The DiskError that says what was being done when `error` came."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    fix = "free disk space, or use another disk" if full else "check the path, its permissions and the disk"
+    return DiskError(f"{doing}: {error}", fix=fix)

@@ -2,8 +2,8 @@
 
 `manifest.json` is the truth about a store; the safetensors headers only let other tools open the data files. It is
 refused unless its bytes are exactly what `to_json` writes for its content, digest included, so any changed byte is
-found. Digests are BLAKE2b-256. Every file is: header (whole multiple of 4096), then its layers back to back, each
-padded to a multiple of 4096.
+found. Digests are SHA-256 (hardware does about 1.7 GB/s of it). Every file is: header (whole multiple of 4096), then
+its layers back to back, each padded to a multiple of 4096.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mebp_compile.quant.layout import FORMATS, ITEM_BYTES, PLAIN, TENSOR_ALIGN_B
 from mebp_compile.quant.safetensors_file import MAX_HEADER_BYTES, PAD_PREFIX, RESERVED_NAME, parse_json
 
 FORMAT_NAME, FORMAT_VERSION = "mebp-weights", 1
-DIGEST_NAME = "blake2b-256"
+DIGEST_NAME = "sha256"
 LAYER_ALIGN_BYTES = 4096
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_BYTES = 1 << 48  # of a file, and of a tensor
@@ -39,9 +39,9 @@ _ENTRY_FIELDS = {
 }  # fmt: skip
 
 
-def new_digest() -> hashlib.blake2b:
+def new_digest() -> hashlib._Hash:
     """An empty digest of the kind the manifest names."""
-    return hashlib.blake2b(digest_size=32)
+    return hashlib.sha256()
 
 
 def check_tensor_name(name: str) -> str:
@@ -149,10 +149,9 @@ def _encode(document: Mapping[str, Any]) -> bytes:
 
 
 def _digest_of(document: Mapping[str, Any]) -> str:
-    """Digest of everything but the "digest" field."""
-    digest = new_digest()
-    digest.update(_encode({key: value for key, value in document.items() if key != "digest"}))
-    return digest.hexdigest()
+    """Digest of everything but the "digest" field, in its most compact form."""
+    content = {key: value for key, value in document.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(content, separators=(",", ":"), sort_keys=True).encode()).hexdigest()
 
 
 def _layer_document(layer: Layer) -> dict[str, Any]:

@@ -16,7 +16,7 @@ def dequantise_matrix(scheme: Scheme, codes: Tensor, scales: Tensor, out: Tensor
     """Write the dense rows [rows, columns] of codes [rows, code_row_bytes] and scales [rows, scales_per_row] into
     `out`.
 
-    Works through at most CHUNK_ELEMENTS elements at a time (at least one row), so its workspace stays near 4 MiB.
+    Works through at most CHUNK_ELEMENTS elements at a time (at least one row), so its workspace stays near 1 MiB.
     """
     step = max(1, CHUNK_ELEMENTS // max(1, out.shape[1]))
     for r0 in range(0, out.shape[0], step):

@@ -11,7 +11,7 @@ from torch import Tensor
 from mebp_compile.errors import OptionError
 from mebp_compile.quant.layout import Format, Record
 
-CHUNK_ELEMENTS = 1 << 18  # weights are packed and, without the C kernel, dequantised this many elements at a time
+CHUNK_ELEMENTS = 1 << 16  # weights are packed and, without the C kernel, dequantised this many elements at a time
 
 
 @dataclass(frozen=True, eq=False)

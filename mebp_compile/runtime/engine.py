@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 
+from mebp_compile.lower.stream import tile_size
+from mebp_compile.quant import dequantise_columns, dequantise_into, dequantise_rows
 from mebp_compile.runtime.activations import ActivationStore
 from mebp_compile.runtime.state import Getter, LiveState
+from mebp_compile.runtime.streams import WeightStream
 
 ARENA_ALIGN = 64
 
@@ -20,11 +23,19 @@ ARENA_ALIGN = 64
 class Engine:
     """Executes the verbs of one program. Not thread-safe: one step at a time."""
 
-    def __init__(self, live: LiveState, sources: Mapping[str, str], arena_bytes: int, activations: ActivationStore | None = None) -> None:
+    def __init__(
+        self,
+        live: LiveState,
+        sources: Mapping[str, str],
+        arena_bytes: int,
+        activations: ActivationStore | None = None,
+        weights: WeightStream | None = None,
+    ) -> None:
         self.live = live
         self.getters: dict[str, Getter] = {name: live.getter(source) for name, source in sources.items()}
         self.arena = _arena(arena_bytes)
         self.activations = activations
+        self.weights = weights
         self.metered = False
         self._typed: dict[torch.dtype, torch.Tensor] = {}
         self._views: dict[tuple[Any, ...], torch.Tensor] = {}
@@ -65,8 +76,12 @@ class Engine:
     # --- what exists before the step ---
 
     def state(self, name: str) -> torch.Tensor:
-        """A parameter, buffer, optimizer state or constant, as it is now."""
-        return self.getters[name]()
+        """A parameter, buffer, optimizer state, constant or resident packed weight, as it is now."""
+        getter = self.getters.get(name)
+        if getter is None:
+            assert self.weights is not None
+            return self.weights.resident[name]
+        return getter()
 
     def hyper(self, expression: str) -> Any:
         """A number over the param groups, as it is now."""
@@ -86,14 +101,20 @@ class Engine:
 
     def prefetch(self, name: str, buffer: torch.Tensor) -> None:
         """Start reading a storage from disk into a buffer, which is not to be touched until `wait`."""
-        assert self.activations is not None
         self._reading[name] = buffer
-        self.activations.prefetch(name, buffer)
+        if self.weights is not None and name in self.weights:
+            self.weights.prefetch(name, buffer)
+        else:
+            assert self.activations is not None
+            self.activations.prefetch(name, buffer)
 
     def wait(self, name: str) -> torch.Tensor | None:
         """Complete the transfer of a storage; gives the tensor that was read, if it was a read."""
-        assert self.activations is not None
-        self.activations.wait(name)
+        if self.weights is not None and name in self.weights:
+            self.weights.wait(name)
+        else:
+            assert self.activations is not None
+            self.activations.wait(name)
         return self._reading.pop(name, None)
 
     # --- random numbers ---
@@ -113,11 +134,35 @@ class Engine:
         torch.set_rng_state(self._rng_now)
         self._rng_now = None
 
-    # --- loops ---
+    # --- streamed weights ---
 
-    def tiles(self, name: str, trips: int) -> Iterator[Any]:
-        """The tiles of a Loop."""
-        raise NotImplementedError(name)
+    def dequantise(self, name: str, packed: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The dense weight of a packed record that is in memory."""
+        assert self.weights is not None
+        record = self.weights.packed(name, packed)
+        return dequantise_into(record, self.weights.dense(name) if out is None else out)
+
+    def rows(self, name: str, packed: torch.Tensor | None, tile: slice) -> torch.Tensor:
+        """Dense rows of a weight; without its record in memory they are read from disk."""
+        assert self.weights is not None
+        if packed is None:
+            return self.weights.read_rows(name, tile.start, tile.stop)
+        return dequantise_rows(self.weights.packed(name, packed), tile.start, tile.stop, self.weights.dense(name, rows=tile))
+
+    def columns(self, name: str, packed: torch.Tensor, tile: slice) -> torch.Tensor:
+        """Dense columns of a weight whose record is in memory."""
+        assert self.weights is not None
+        return dequantise_columns(self.weights.packed(name, packed), tile.start, tile.stop, self.weights.dense(name, columns=tile))
+
+    def embedding(self, name: str, ids: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The rows `ids` of a table on disk, dequantised: shape [*ids.shape, columns]. Reads no other row."""
+        assert self.weights is not None
+        return self.weights.look_up(name, ids, out)
+
+    def tiles(self, width: int, trips: int) -> Iterator[slice]:
+        """The tiles of `width` columns in `trips` parts; the last one may be narrower."""
+        size = tile_size(width, trips)
+        return (slice(start, min(start + size, width)) for start in range(0, width, size))
 
 
 def _arena(size_bytes: int) -> torch.Tensor:

@@ -1,6 +1,8 @@
-"""Make the engine of a program: its arena, its live state, its scratch file."""
+"""Make the engine of a program: its arena, its live state, its weights on disk, its scratch file."""
 
 from __future__ import annotations
+
+import torch
 
 import solvers
 from mebp_compile.capture import State, Traced
@@ -9,21 +11,40 @@ from mebp_compile.graph import Graph
 from mebp_compile.measure.transfer import DiskThread
 from mebp_compile.plan import Plan
 from mebp_compile.runtime.activations import ActivationStore, Slot
+from mebp_compile.runtime.bind import Streamed
 from mebp_compile.runtime.engine import Engine
 from mebp_compile.runtime.state import LiveState
+from mebp_compile.runtime.streams import WeightStream
 
 SLOT_ALIGN = 4096
 
 
-def make_engine(graph: Graph, plan: Plan, state: State, traced: Traced, options: Options) -> Engine:
+def make_engine(graph: Graph, plan: Plan, state: State, traced: Traced, options: Options, streamed: Streamed | None = None) -> Engine:
     """An engine with everything that the program's verbs need, and nothing more."""
     constants = {str(node.target): getattr(traced.module, str(node.target)) for node in traced.module.graph.nodes if node.op == "get_attr"}
     live = LiveState(state, constants)
     sources = {storage.name: storage.source for storage in graph.storages if storage.source and storage.role not in ("batch", "hyper", "weight")}
-    return Engine(live, sources, plan.placement.arena_bytes, _activations(graph, plan, options))
+    thread = DiskThread()
+    weights = _weights(graph, plan, streamed, thread) if streamed is not None else None
+    return Engine(live, sources, plan.placement.arena_bytes, _activations(graph, plan, options, thread), weights)
 
 
-def _activations(graph: Graph, plan: Plan, options: Options) -> ActivationStore | None:
+def _weights(graph: Graph, plan: Plan, streamed: Streamed, thread: DiskThread) -> WeightStream:
+    """The stream of every packed weight of the graph, and of tables that are only looked up."""
+    by_source = {storage.source.replace("weight:", "parameter:", 1): index for index, storage in enumerate(graph.storages) if storage.role == "weight"}
+    dense = {value.name: value for value in graph.values}
+    weights: dict[str, tuple[str, torch.dtype]] = {}
+    records: dict[str, str] = {}
+    for source, index in by_source.items():
+        packed = graph.storages[index].name
+        name = packed.removesuffix("_packed")
+        weights[name] = (streamed.names[source], getattr(torch, dense[name].dtype))
+        records[packed] = name
+    resident = frozenset(graph.storages[index].name for index in plan.schedule.resident if graph.storages[index].role == "weight")
+    return WeightStream(streamed.store, weights, records, resident, thread)
+
+
+def _activations(graph: Graph, plan: Plan, options: Options, thread: DiskThread) -> ActivationStore | None:
     """The scratch file with a slot for each storage that the schedule offloads, or None where it offloads nothing."""
     moved = dict.fromkeys(step.storage for step in plan.schedule.steps if isinstance(step, solvers.Offload))
     if not moved or options.offload_dir is None:
@@ -32,4 +53,4 @@ def _activations(graph: Graph, plan: Plan, options: Options) -> ActivationStore 
     for storage in moved:
         slots[graph.storages[storage].name] = Slot(offset, graph.storages[storage].size_bytes)
         offset += -(-graph.storages[storage].size_bytes // SLOT_ALIGN) * SLOT_ALIGN
-    return ActivationStore(options.offload_dir, offset, slots, DiskThread())
+    return ActivationStore(options.offload_dir, offset, slots, thread)

@@ -14,6 +14,7 @@ arguments.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import threading
@@ -25,8 +26,8 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from mebp_compile.errors import DiskError, OptionError, StoreError
-from mebp_compile.quant.build import Progress, disk_errors, write_store
+from mebp_compile.errors import OptionError, StoreError
+from mebp_compile.quant.build import Progress, disk_error, disk_errors, write_store
 from mebp_compile.quant.dequantise import dequantise
 from mebp_compile.quant.layout import PLAIN, Record
 from mebp_compile.quant.manifest import MAX_MANIFEST_BYTES, DataFile, Entry, Layer, Manifest, new_digest
@@ -80,7 +81,7 @@ class WeightStore:
             _close_all(tuple(files.values()))
             raise
         finally:
-            os.close(folder_fd)
+            _close_all((folder_fd,))
 
     @classmethod
     def from_module(
@@ -127,7 +128,7 @@ class WeightStore:
         return cls.open(path)
 
     def close(self) -> None:
-        """Close the files. A closed store can't be read."""
+        """Close the files. No read may be under way; a closed store can't be read."""
         self._close()
         self._files = {}
 
@@ -280,7 +281,7 @@ class WeightStore:
         if file not in self._files:
             raise StoreError(f"the store {self.path} is closed", fix="open it again with WeightStore.open")
         fd, start, length = self._files[file], offset, len(view)
-        with disk_errors(f"reading {self.path / file}"):
+        try:
             while view:
                 count = os.preadv(fd, [view], offset)
                 if count == 0:
@@ -288,11 +289,15 @@ class WeightStore:
                 view, offset = view[count:], offset + count
             if self._drop_cache and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(fd, start, length, os.POSIX_FADV_DONTNEED)
+        except OSError as error:
+            raise disk_error(f"reading {self.path / file}", error) from error
 
 
 def _close_all(fds: Iterable[int]) -> None:
+    """Close descriptors that were only read from: an error in closing them loses nothing."""
     for fd in fds:
-        os.close(fd)
+        with contextlib.suppress(OSError):
+            os.close(fd)
 
 
 def _open_regular(folder_fd: int, name: str) -> int:
@@ -323,11 +328,9 @@ def _check_file(fd: int, file: DataFile) -> None:
     if size_bytes != file.size_bytes:
         raise StoreError(f"{file.name} has {size_bytes} bytes, the manifest says {file.size_bytes}", fix=_DAMAGED)
     digest = new_digest()
-    try:
+    with disk_errors(f"reading the header of {file.name}"):
         for start in range(0, file.header_bytes, VERIFY_CHUNK_BYTES):
             digest.update(os.pread(fd, min(VERIFY_CHUNK_BYTES, file.header_bytes - start), start))
-    except OSError as error:
-        raise DiskError(f"reading the header of {file.name}: {error}", fix="check the disk") from error
     if digest.hexdigest() != file.header_digest:
         raise StoreError(f"the header of {file.name} is damaged: its digest does not match", fix=_DAMAGED)
 

@@ -1,5 +1,12 @@
-"""Imported by a measuring child: registers an op that kills it."""
+"""Imported by a measuring child: registers torch.ops.mebp_test.die, which kills the process that calls it."""
 
-from measure_children import register_deadly_op
+import os
+import signal
 
-register_deadly_op()
+import torch
+
+
+@torch.library.custom_op("mebp_test::die", mutates_args=())
+def die(x: torch.Tensor) -> torch.Tensor:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return x

@@ -107,7 +107,11 @@ def malloc_tensors(request: Json) -> Json:
         thread.start()
     for thread in threads:
         thread.join()
-    return {**answer, "churn_left": meter.live_bytes - before, "peak_after_reset": meter.reset_peak() - meter.peak_bytes}
+    return {
+        **answer,
+        "churn_left": meter.live_bytes - before,
+        "peak_after_reset": meter.reset_peak() - meter.peak_bytes,
+    }
 
 
 def training_step(request: Json) -> Json:
@@ -171,12 +175,3 @@ def limited(request: Json) -> Json:
     after = torch.ones(4 * request["headroom"], dtype=torch.uint8).numel()
     restored = resource.getrlimit(resource.RLIMIT_DATA) == before
     return {"small": small, "refused": refused, "after": after, "restored": restored}
-
-
-def register_deadly_op() -> None:
-    """torch.ops.mebp_test.die aborts the process that calls it."""
-    import torch
-
-    @torch.library.custom_op("mebp_test::die", mutates_args=())
-    def die(x: torch.Tensor) -> torch.Tensor:
-        os.abort()

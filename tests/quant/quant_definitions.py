@@ -64,7 +64,7 @@ def bits_of(tensor: Tensor) -> np.ndarray:
 
 
 def pack_group_int4(group: list[float]) -> tuple[list[int], float]:
-    """Stored codes and scale of 64 fp32 values, one at a time in float64 (exact for quotients of fp32 up to a final rounding)."""
+    """Stored codes and scale of 64 fp32 values, one at a time (float64 quotients, rounded once to fp32)."""
     extreme = max(group, key=lambda value: (abs(value), value))
     scale = float(bf16_to_fp32(bf16_bits(np.array([extreme / -8.0], np.float32)))[0])
     if scale == 0:

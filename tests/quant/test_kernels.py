@@ -1,4 +1,4 @@
-"""The C kernels and the torch reference against the independent definition, bit for bit, on every path of this processor."""
+"""The C kernels and the torch reference against the independent definition, bit for bit, on every path here."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def random_packed(name: str, rows: int, columns: int, seed: int = 0) -> Packed:
 
 
 def test_the_kernels_are_built_where_there_is_a_compiler() -> None:
-    """A machine with a C compiler has the library, with the scalar path at least: an optional build must not vanish unseen."""
+    """A machine with a C compiler has the library: an optional build must not vanish unseen."""
     if shutil.which("cc") or shutil.which("gcc"):
         assert "scalar" in available_paths()
     else:
@@ -102,7 +102,7 @@ def test_nothing_is_written_outside_out(name: str, path: str) -> None:
 def test_slices_equal_the_whole(
     name: str, dtype: torch.dtype, without_library: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Row ranges, column ranges and looked-up rows are bit-equal to slices of the whole, with and without the C library."""
+    """Row ranges, column ranges and looked-up rows equal slices of the whole, with and without the C library."""
     packed = random_packed(name, 11, 320, seed=3)
     whole = bits_of(dequantise(packed, dtype))
     assert np.array_equal(whole, dense_bits(name, packed.codes, packed.scales, dtype))
@@ -146,7 +146,7 @@ def test_ids_outside_the_table_are_refused(bad: int, without_library: bool, monk
 
 
 def test_bad_ranges_and_outputs_are_refused() -> None:
-    """Ranges off the group grid or outside the matrix, and outputs of the wrong shape, dtype or layout, raise OptionError."""
+    """Ranges off the group grid or outside the matrix, and unsuitable outputs, raise OptionError."""
     packed = random_packed("int4", 4, 128)
     with pytest.raises(OptionError, match="multiples of 64"):
         dequantise_columns(packed, 32, 96, torch.empty(4, 64))

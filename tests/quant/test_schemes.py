@@ -47,7 +47,7 @@ def test_group_schemes_pack_as_the_loop_definition(name: str, dtype: torch.dtype
 
 
 def test_int8_packs_as_the_loop_definition() -> None:
-    """int8 codes and fp32 row scales equal those of a definition in Python loops, at a width that is no multiple of 16."""
+    """int8 codes and fp32 row scales equal those of a definition in Python loops, at a width with a tail."""
     weight = random_weight(8, 77)
     packed = SCHEMES["int8"].pack(weight)
     for row in range(8):
@@ -59,7 +59,7 @@ def test_int8_packs_as_the_loop_definition() -> None:
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**31), rows=st.integers(1, 5), groups=st.integers(1, 4), power=st.integers(-30, 30))
 def test_round_trip_error_is_within_one_step(seed: int, rows: int, groups: int, power: int) -> None:
-    """Every dequantised value lies within the scheme's largest gap of its weight, relative to the group's largest magnitude."""
+    """No dequantised value is farther from its weight than the scheme's largest gap times the largest magnitude."""
     weight = torch.randn(rows, groups * 64, generator=torch.Generator().manual_seed(seed)) * 2.0**power
     largest = weight.view(rows, groups, 64).abs().amax(-1, keepdim=True)
     for name, gap in (("int4", 1.02 / 8), ("nf4", 0.16), ("int8", 0.51 / 127)):
@@ -70,8 +70,8 @@ def test_round_trip_error_is_within_one_step(seed: int, rows: int, groups: int, 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_packing_twice_changes_nothing(name: str) -> None:
-    """A weight that consists of a scheme's own values is stored exactly (int4 and int8 up to the rounding of the scale)."""
-    first = dequantise(SCHEMES[name].pack(random_weight(6, 128)), torch.float32)
+    """A weight that consists of a scheme's own values (scales in the normal range) is stored without further loss."""
+    first = dequantise(SCHEMES[name].pack(torch.randn(64, 128)), torch.float32)
     second = dequantise(SCHEMES[name].pack(first), torch.float32)
     assert torch.allclose(first, second, rtol=1e-6, atol=0)
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
+from solvers.baselines import keep_all
+from solvers.bounds import working_set
+from solvers.check import replay
 from solvers.problem import Choice, Op, Problem, Storage
 
 
@@ -71,9 +74,11 @@ def small(seed: int) -> Problem:
     for s in draw.sample(created, min(len(created), draw.randint(0, 2))):
         old_storage = b.storages[s]
         b.storages[s] = Storage(old_storage.name, old_storage.size_bytes, False, old_storage.movable, True)
-    total = sum(s.size_bytes for s in b.storages)
-    return b.problem(int(total * draw.uniform(0.4, 0.9)), read_bytes_per_us=10.0, write_bytes_per_us=5.0,
-                     latency_us=1, can_offload=draw.random() < 0.7, name=f"small {seed}")
+    options = {"read_bytes_per_us": 10.0, "write_bytes_per_us": 5.0, "latency_us": 1,
+               "can_offload": draw.random() < 0.7, "name": f"small {seed}"}
+    loose = b.problem(10**9, **options)
+    least, most = working_set(loose)[0], replay(loose, keep_all(loose)).peak_bytes
+    return loose.with_budget(int(least + draw.uniform(-0.05, 1.0) * (most - least)))
 
 
 def layered(seed: int, op_count: int = 60) -> Problem:

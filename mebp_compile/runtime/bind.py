@@ -1,0 +1,108 @@
+"""Bind a weight store to the user's modules: which parameters are streamed, and the real tensors of those that are not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mebp_compile.capture import State
+from mebp_compile.config import SCHEMES, cache_dir
+from mebp_compile.errors import OptionError, StoreError
+from mebp_compile.lower.stream import Record
+from mebp_compile.quant.schemes import scheme_named
+from mebp_compile.runtime.weights import WeightStore
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A store, the name in it of each streamed parameter's source, and the record of each for the graph."""
+
+    store: WeightStore
+    names: dict[str, str]
+    records: dict[str, Record]
+
+
+def bind_weights(state: State, weights: str | WeightStore | None, folder: Path | None) -> Streamed | None:
+    """Take frozen parameters that the store holds in few bits out of memory (they become meta, their objects stay), and fill those on meta
+    that it holds as they are. A scheme's name first quantises the modules' frozen weights into a store under `folder`.
+    """
+    if weights is None:
+        _check_none_on_meta(state)
+        return None
+    store = _quantise(state, weights, folder) if isinstance(weights, str) else weights
+    if not isinstance(store, WeightStore):
+        raise OptionError(f"weights is a {type(weights).__name__}", 'give "int4", "nf4", "int8" or a WeightStore')
+    names, records = {}, {}
+    for root, path, parameter in state.parameters():
+        name = _name_in(store, path)
+        if name is None or parameter.requires_grad:
+            continue
+        _check_shape(store, name, path, parameter)
+        if store.entry(name).scheme == "none":
+            _materialise(store, name, parameter)
+        else:
+            names[f"parameter:{root}:{path}"] = name
+            records[f"parameter:{root}:{path}"] = _record(store, name)
+            become_meta(parameter)
+    _check_none_on_meta(state, names)
+    return Streamed(store, names, records)
+
+
+def _quantise(state: State, scheme: str, folder: Path | None) -> WeightStore:
+    if scheme not in SCHEMES:
+        raise OptionError(f"weights={scheme!r} is unknown", f"use one of {', '.join(map(repr, SCHEMES))}, or a WeightStore")
+    if len(state.modules) != 1:
+        raise OptionError(f"the step uses {len(state.modules)} modules", "build the store with WeightStore.from_module and pass it")
+    module = next(iter(state.modules.values()))
+    parent = (folder or cache_dir()) / "weights"
+    parent.mkdir(parents=True, exist_ok=True)
+    number = 0
+    while (parent / f"{type(module).__name__}-{scheme}-{number}").exists():
+        number += 1
+    return WeightStore.from_module(module, parent / f"{type(module).__name__}-{scheme}-{number}", scheme)
+
+
+def _name_in(store: WeightStore, path: str) -> str | None:
+    """The store's name of a module's parameter: its path, or its path before PEFT wrapped the model."""
+    plain = path.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    for name in (path, plain):
+        if name in store:
+            return store.entry(name).name
+    return None
+
+
+def _record(store: WeightStore, name: str) -> Record:
+    entry = store.entry(name)
+    layout, scheme = entry.record, scheme_named(entry.scheme)
+    scales = (layout.rows, layout.scale_row_bytes // scheme.format.scale_bytes)
+    return Record(entry.scheme, entry.length, (layout.rows, layout.code_row_bytes), scales, str(scheme.scale_dtype).removeprefix("torch."))
+
+
+def _check_shape(store: WeightStore, name: str, path: str, parameter: torch.Tensor) -> None:
+    if tuple(store.entry(name).shape) != tuple(parameter.shape):
+        raise StoreError(
+            f"the store's {name} has shape {list(store.entry(name).shape)}, the model's {path} {list(parameter.shape)}",
+            "build the store from this model or its checkpoint",
+        )
+
+
+def _check_none_on_meta(state: State, streamed: Any = ()) -> None:
+    for root, path, parameter in state.parameters():
+        if parameter.device.type == "meta" and f"parameter:{root}:{path}" not in streamed:
+            raise StoreError(f"{root}.{path} is on meta and no store holds it", "pass weights=a WeightStore of the model, or load its weights")
+
+
+def become_meta(parameter: nn.Parameter) -> None:
+    """Give up a parameter's memory; the object, its shape and dtype stay."""
+    if parameter.device.type != "meta":
+        torch.utils.swap_tensors(parameter, nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad))
+
+
+def _materialise(store: WeightStore, name: str, parameter: nn.Parameter) -> None:
+    """Fill a parameter on meta that is stored as it is."""
+    if parameter.device.type == "meta":
+        torch.utils.swap_tensors(parameter, nn.Parameter(store.dense(name, parameter.dtype), parameter.requires_grad))

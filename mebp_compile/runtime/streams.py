@@ -1,0 +1,81 @@
+"""Packed weights on their way into memory: reads whole records ahead on the disk thread, rows of tables when they are looked up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from mebp_compile.measure.transfer import DiskThread, Ticket
+from mebp_compile.quant import Packed, dequantise_rows
+from mebp_compile.quant.scheme import view_record
+from mebp_compile.quant.schemes import scheme_named
+from mebp_compile.runtime.weights import WeightStore
+
+
+class WeightStream:
+    """Reads the weights of one program. `weights` maps the dense weight's name to its name in the store and its dtype;
+    `records` maps the packed storage's name to the dense weight's name; `resident` records stay in memory between steps."""
+
+    def __init__(
+        self, store: WeightStore, weights: Mapping[str, tuple[str, torch.dtype]], records: Mapping[str, str], resident: frozenset[str], thread: DiskThread
+    ) -> None:
+        self.store, self.weights, self.records, self.thread = store, dict(weights), dict(records), thread
+        self._pending: dict[str, Ticket] = {}
+        self.resident = {name: self._load(name) for name in sorted(resident)}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.records
+
+    def _entry(self, record: str) -> str:
+        return self.weights[self.records[record]][0]
+
+    def _load(self, name: str) -> torch.Tensor:
+        buffer = torch.empty(self.store.entry(self._entry(name)).length, dtype=torch.uint8)
+        self.store.read_into(self._entry(name), buffer)
+        return buffer
+
+    def prefetch(self, name: str, buffer: torch.Tensor) -> None:
+        """Start reading a record into a buffer of its size."""
+        entry = self._entry(name)
+        self._pending[name] = self.thread.submit(lambda: self.store.read_into(entry, buffer), buffer.nbytes)
+
+    def wait(self, name: str) -> None:
+        self._pending.pop(name).wait()
+
+    def packed(self, name: str, buffer: torch.Tensor) -> Packed:
+        """The codes and scales of weight `name` inside its record."""
+        entry = self.store.entry(self.weights[name][0])
+        return view_record(scheme_named(entry.scheme), entry.record, entry.shape, buffer)
+
+    def dense(self, name: str, rows: slice | None = None, columns: slice | None = None) -> torch.Tensor:
+        """An uninitialised dense weight, or some rows or columns of one."""
+        entry, dtype = self.weights[name]
+        shape = list(self.store.entry(entry).shape)
+        if rows is not None:
+            shape[0] = rows.stop - rows.start
+        if columns is not None:
+            shape[1] = columns.stop - columns.start
+        return torch.empty(shape, dtype=dtype)
+
+    def read_rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Dense rows [first, last) straight from disk."""
+        entry, _ = self.weights[name]
+        rows = last - first
+        buffer = torch.empty(self.store.rows_bytes(entry, rows), dtype=torch.uint8)
+        self.store.read_rows_into(entry, first, last, buffer)
+        return dequantise_rows(self.store.packed(entry, buffer, rows), 0, rows, self.dense(name, rows=slice(0, rows)))
+
+    def look_up(self, name: str, ids: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        """Dense rows `ids` of a table: shape [*ids.shape, columns]."""
+        entry, dtype = self.weights[name]
+        columns = self.store.entry(entry).shape[-1]
+        result = torch.empty((*ids.shape, columns), dtype=dtype) if out is None else out
+        unique, back = torch.unique(ids.reshape(-1), return_inverse=True)
+        count = math.prod(unique.shape)
+        buffer = torch.empty(self.store.rows_bytes(entry, count), dtype=torch.uint8)
+        self.store.read_selected_rows_into(entry, unique, buffer)
+        rows = dequantise_rows(self.store.packed(entry, buffer, count), 0, count, torch.empty((count, columns), dtype=dtype))
+        torch.index_select(rows, 0, back, out=result.view(-1, columns))
+        return result

@@ -1,0 +1,117 @@
+"""Law 1: the compiled step leaves what the user's own step leaves, bit for bit.
+
+`assert_same_training` builds a training twice, runs one eagerly and one compiled, and compares raw bytes after every call: what the step returned,
+every gradient, parameter, entry of optimizer state and buffer, and the generator's state. What a caller kept from earlier calls must not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from models import Training
+
+from mebp_compile.compiler import CompiledStep, optimize
+
+Make = Callable[[], Training]
+
+
+def assert_same_training(
+    make: Make, budget: int | str = "1GB", calls: int = 3, offload: str | Path | None = None, effort: str = "fast", **options: Any
+) -> CompiledStep:
+    """Run `calls` steps both ways and compare after each; returns the compiled step for further looks."""
+    own, other = make(), make()
+    assert_same("before the first step", snapshot(own), snapshot(other))
+    compiled = optimize(other.step, budget, offload=offload, effort=effort, **options)
+    kept: list[tuple[Any, dict[str, Any]]] = []
+    for call in range(calls):
+        before = torch.get_rng_state()
+        expected = own.step(*own.batch(call))
+        drawn = torch.get_rng_state()
+        torch.set_rng_state(before)
+        returned = compiled(*other.batch(call))
+        where = f"call {call}"
+        assert raw(torch.get_rng_state()) == raw(drawn), f"{where}: the generator is in another state"
+        assert_same(f"{where}: returned", describe(expected), describe(returned))
+        assert_same(where, snapshot(own), snapshot(other))
+        for number, (item, bits) in enumerate(kept):
+            assert describe(item) == bits, f"{where} rewrote what call {number} had returned or left in .grad"
+        grads = {name: p.grad for name, p in named_parameters(other) if p.grad is not None}
+        if call + 1 < calls:
+            kept.append((returned, describe(returned)))
+        kept += [(grads, describe(grads))] if own.fresh_gradients else []
+        own.between(call)
+        other.between(call)
+    return compiled
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    """The bytes of a tensor's elements in index order: NaN payloads and signs of zero count."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+def bits(leaf: Any) -> Any:
+    """Something comparable that tells apart all that eager training could tell apart."""
+    if isinstance(leaf, torch.Tensor):
+        return ("tensor", leaf.dtype, tuple(leaf.shape), tuple(leaf.stride()), raw(leaf))
+    return ("float", leaf.hex()) if isinstance(leaf, float) else (type(leaf), leaf)
+
+
+def describe(tree: Any) -> dict[str, Any]:
+    """Every leaf of a pytree by its path, and the shape of the tree itself."""
+    leaves, spec = pytree.tree_flatten_with_path(tree)
+    return {"tree": (type(tree), str(spec)), **{pytree.keystr(path): bits(leaf) for path, leaf in leaves}}
+
+
+def named_parameters(training: Training) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    for number, module in enumerate(training.modules):
+        yield from ((f"{number}.{name}", parameter) for name, parameter in module.named_parameters())
+
+
+def snapshot(training: Training) -> dict[str, Any]:
+    """All state of a training as comparable bytes."""
+    state: dict[str, Any] = {}
+    for name, parameter in named_parameters(training):
+        state[f"parameter {name}"] = bits(parameter)
+        state[f"gradient {name}"] = None if parameter.grad is None else bits(parameter.grad)
+    for number, module in enumerate(training.modules):
+        state |= {f"buffer {number}.{name}": bits(buffer) for name, buffer in module.named_buffers()}
+        state[f"modes {number}"] = [child.training for child in module.modules()]
+    names = {id(parameter): name for name, parameter in named_parameters(training)}
+    for number, optimizer in enumerate(training.optimizers):
+        state |= optimizer_state(f"optimizer {number}", optimizer, names)
+    return state
+
+
+def optimizer_state(label: str, optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Any]:
+    """Every entry of an optimizer's state, and its param groups. Empty entries (state that no step made yet) don't count."""
+    state: dict[str, Any] = {}
+    for parameter, entries in optimizer.state.items():
+        state |= {f"{label} {names[id(parameter)]}.{key}": bits(value) for key, value in entries.items()}
+    for index, group in enumerate(optimizer.param_groups):
+        state |= {f"{label} group {index}.{key}": bits(value) for key, value in group.items() if key != "params"}
+    return state
+
+
+def assert_same(where: str, expected: dict[str, Any], found: dict[str, Any]) -> None:
+    """Fail with the names of the first differing entries, and how they differ."""
+    different = [key for key in {**expected, **found} if expected.get(key, "absent") != found.get(key, "absent")]
+    lines = [f"  {key}: {_difference(expected.get(key, 'absent'), found.get(key, 'absent'))}" for key in different[:8]]
+    assert not different, f"{where}: {len(different)} of {len(expected)} entries differ from eager:\n" + "\n".join(lines)
+
+
+def _difference(expected: Any, found: Any) -> str:
+    if not (isinstance(expected, tuple) and isinstance(found, tuple) and expected[0] == found[0] == "tensor"):
+        return f"expected {_short(expected)}, found {_short(found)}"
+    if expected[1:4] != found[1:4]:
+        return f"expected {expected[1:4]}, found {found[1:4]}"
+    wrong = sum(left != right for left, right in zip(expected[4], found[4], strict=True))
+    return f"{wrong} of {len(expected[4])} bytes"
+
+
+def _short(item: Any) -> str:
+    return str(item[:4] if isinstance(item, tuple) else item)[:200]
