@@ -15,6 +15,7 @@ from mebp_compile.config import format_bytes
 from mebp_compile.graph import PERSISTENT, Graph
 from mebp_compile.place import Placement, place_under
 from solvers import Problem, Report, Schedule
+from solvers.baselines import keep_all
 
 MOVABLE = ("weight",)
 
@@ -139,7 +140,7 @@ def make_plan(
         ) from None
     report = solvers.replay(problem, solution.schedule)
     placement = place_under(graph, problem, solution.schedule)
-    keep_all = solvers.replay(problem, solvers.keep_all(problem), enforce_budget=False)
+    everything = solvers.replay(problem, keep_all(problem), enforce_budget=False)
     return Plan(
         problem=problem,
         schedule=solution.schedule,
@@ -147,8 +148,8 @@ def make_plan(
         placement=placement,
         peak_bytes=placement.peak_bytes,
         tensor_bytes=tensor_peak(problem, solution.schedule),
-        keep_all_bytes=keep_all.peak_bytes,
-        keep_all_time_us=keep_all.time_us,
+        keep_all_bytes=everything.peak_bytes,
+        keep_all_time_us=everything.time_us,
         bound_us=int(solution.bound_us),
         method=solution.method,
         solve_seconds=time.monotonic() - started,

@@ -4,6 +4,7 @@
 """
 
 from solvers.check import Report, ScheduleError, replay
+from solvers.offsets import Lifespan, OffsetError, Placement, check_offsets, lifespans, place
 from solvers.problem import Choice, Op, Problem, ProblemError, Storage
 from solvers.schedule import Free, Offload, Prefetch, Run, Schedule, Step, Wait
 from solvers.solve import Infeasible, Solution, smallest, solve
@@ -12,8 +13,11 @@ __all__ = [
     "Choice",
     "Free",
     "Infeasible",
+    "Lifespan",
     "Offload",
+    "OffsetError",
     "Op",
+    "Placement",
     "Prefetch",
     "Problem",
     "ProblemError",
@@ -25,6 +29,9 @@ __all__ = [
     "Step",
     "Storage",
     "Wait",
+    "check_offsets",
+    "lifespans",
+    "place",
     "replay",
     "smallest",
     "solve",

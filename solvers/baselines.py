@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from solvers.check import replay
-from solvers.decode import DecodeError, Decisions, Tables
+from solvers.decode import Decisions, DecodeError, Tables
 from solvers.emit import emit, synchronous
 from solvers.evict import State
 from solvers.greedy import descend, evaluate

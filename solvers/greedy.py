@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from solvers.decode import DecodeError, Decisions, Tables, decode
+from solvers.decode import Decisions, DecodeError, Tables, decode
 from solvers.emit import profile
 from solvers.evict import Rates, Round, State
 
@@ -40,9 +40,11 @@ def descend(tables: Tables, transfer_weight: float, patience: int = 12) -> Itera
     best, idle = state.profile.peak_bytes, 0
     while idle < patience:
         peak = state.profile.peak_bytes
-        rates.tiny_bytes = 0 if small else int(best * TINY_FRACTION)
         target = peak - 1 if small else int(peak * (0.96 if idle == 0 else 0.99))
         following = next_state(tables, state, target, rates)
+        if following is None and rates.tiny_bytes:
+            rates.tiny_bytes //= 30
+            continue
         if following is None:
             break
         state = following

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from solvers.decode import RUN, DecodeError, Decisions, Tables, Trace
+from solvers.decode import RUN, Decisions, DecodeError, Tables, Trace
 from solvers.evict import Rates, State
 from solvers.greedy import SMALL_OPS, TINY_FRACTION, evaluate, next_state
 

@@ -1,54 +1,72 @@
 """Live hyper-parameters: numbers of an optimizer's param groups that stay inputs of the captured step.
 
-While the step is traced every number in `param_groups` is replaced by a `LiveFloat`, a float that remembers the expression that made it:
-`1 - lr * weight_decay` stays that expression, also when an optimizer computes it in plain Python. By the time it reaches an op it is a bare
-double, so its *bits* identify it: the traced values are the true ones, perturbed to be unmistakable, and the lowering looks each constant
-of the graph up in `HyperTable.expressions`. Comparisons (`if weight_decay != 0`) are recorded as guards.
+While the step is traced every float in `param_groups` is replaced by a `LiveFloat`: a stand-in that remembers the expression that made it, so
+that `1 - lr * weight_decay` stays that expression, also when an optimizer computes it in plain Python. By the time it reaches an op it is a
+bare double, so its *bits* identify it: stand-ins are salted to be unmistakable, and the lowering looks each constant of the graph up in
+`HyperTable.expressions`. What Python decides on (`if weight_decay != 0`) is decided on the true value and recorded as a guard.
+A conversion that this can't follow (numpy, C code) would leave a salted number behind; `live.same_program` finds it by tracing with two salts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
+import torch
+
+from mebp_compile import torch_private
 from mebp_compile.graph import Guard
 
 Number = int | float
+FOLLOWED = ("sqrt", "exp", "log", "log1p", "expm1", "log2", "log10", "cos", "sin", "tan", "tanh", "pow", "fabs")
+DECIDED = ("floor", "ceil", "trunc", "isnan", "isinf", "isfinite", "isclose")
 
 
 class HyperTable:
-    """Expressions by the exact double that stands for them, and the guards that branches on them left."""
+    """Expressions by the exact double that stands for them, and the guards that Python's decisions left."""
 
-    def __init__(self) -> None:
+    def __init__(self, salt: str = "") -> None:
+        self.salt = salt
         self.expressions: dict[float, str] = {}
         self.guards: dict[str, Guard] = {}
 
-    def live(self, value: Number, expression: str) -> float:
-        """A stand-in for a hyper-parameter: near `value`, and equal to no other number by accident. 0 and 1 stay themselves, guarded."""
-        if isinstance(value, bool) or value in (0, 1) or isinstance(value, int):
-            self.guards[expression] = Guard("hyper", expression, value)
+    def live(self, value: float, expression: str) -> Number:
+        """A stand-in for a hyper-parameter: of its sign and magnitude, and equal to no other number by accident. 0 and 1 stay themselves, guarded."""
+        if value in (0.0, 1.0) or not math.isfinite(value):
+            self.guard(expression, value)
             return value
-        salt = int.from_bytes(hashlib.sha256(f"{expression}{value.hex()}".encode()).digest()[:6], "big") / 2**48
-        return self.remember(value * (1 - 1e-4 * (0.25 + salt / 2)), expression)
+        digest = hashlib.sha256(f"{self.salt}{expression}{value.hex()}".encode()).digest()
+        part = int.from_bytes(digest[:6], "big") / 2**48
+        return self.remember(value * (0.75 + part / 5), value, expression)
 
-    def remember(self, value: float, expression: str) -> LiveFloat:
-        number = LiveFloat(value)
-        number.expression = expression
-        number.table = self
-        self.expressions[float(value)] = expression
+    def remember(self, stand_in: float, true: float, expression: str) -> LiveFloat:
+        number = LiveFloat(stand_in)
+        number.true, number.expression, number.table = true, expression, self
+        self.expressions[stand_in] = expression
         return number
 
-    def compare(self, expression: str, outcome: bool) -> bool:
+    def guard(self, expression: str, outcome: Any) -> Any:
         self.guards[expression] = Guard("hyper", expression, outcome)
         return outcome
 
+    def expression_of(self, constant: torch.Tensor) -> str | None:
+        """The expression behind a one-element constant tensor that was made from a live number, or None."""
+        if constant.numel() != 1 or constant.dtype not in (torch.float32, torch.float64):
+            return None
+        found = {text for number, text in self.expressions.items() if torch.tensor(number, dtype=constant.dtype).item() == constant.item()}
+        return found.pop() if len(found) == 1 else None
+
 
 class LiveFloat(float):
-    """A float that knows the expression over hyper-parameters that it stands for."""
+    """A float that knows its true value, and the expression over hyper-parameters that it stands for."""
 
-    __slots__ = ("expression", "table")
+    __slots__ = ("expression", "table", "true")
+    true: float
     expression: str
     table: HyperTable
 
@@ -56,47 +74,77 @@ class LiveFloat(float):
         return float.__hash__(self)
 
     def __bool__(self) -> bool:
-        return self.table.compare(f"bool({self.expression})", float(self) != 0.0)
+        return bool(self.table.guard(f"bool({self.expression})", self.true != 0.0))
+
+    def __int__(self) -> int:
+        return int(self.table.guard(f"int({self.expression})", int(self.true)))
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return self.table.guard(f"round({self.expression}, {digits})", round(self.true, digits))
+
+    def __float__(self) -> float:
+        return _stand_in(self)
 
     def __neg__(self) -> LiveFloat:
-        return self.table.remember(-float(self), f"-({self.expression})")
+        return self.table.remember(-_stand_in(self), -self.true, f"(-{self.expression})")
+
+    def __pos__(self) -> LiveFloat:
+        return self
+
+    def __abs__(self) -> LiveFloat:
+        return self.table.remember(abs(_stand_in(self)), abs(self.true), f"abs({self.expression})")
 
     def __reduce__(self) -> Any:
-        return (float, (float(self),))
+        return (float, (self.true,))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LiveFloat:
+        return self
+
+
+def _stand_in(number: Any) -> Any:
+    return float.__add__(number, 0.0) if isinstance(number, LiveFloat) else number
+
+
+def _true(number: Any) -> Any:
+    return number.true if isinstance(number, LiveFloat) else number
 
 
 def _text(number: Any) -> str:
-    return number.expression if isinstance(number, LiveFloat) else repr(number)
+    return number.expression if isinstance(number, LiveFloat) else f"({number!r})"
 
 
 def _binary(symbol: str, compute: Callable[[Any, Any], Any], swapped: bool) -> Callable[[LiveFloat, Any], Any]:
     def method(self: LiveFloat, other: Any) -> Any:
-        left, right = (other, self) if swapped else (self, other)
-        value = compute(_plain(left), _plain(right))
+        other = torch_private.plain_number(other)
         if not isinstance(other, (int, float)):  # a symbolic number: the bare double in the trace identifies this one
-            return value
-        expression = f"({_text(left)} {symbol} {_text(right)})"
-        return self.table.remember(value, expression) if isinstance(value, float) else value
+            return compute(other, _stand_in(self)) if swapped else compute(_stand_in(self), other)
+        left, right = (other, self) if swapped else (self, other)
+        return _followed(self.table, f"({_text(left)} {symbol} {_text(right)})", compute, left, right)
 
     return method
+
+
+def _followed(table: HyperTable, expression: str, compute: Callable[..., Any], *numbers: Any) -> Any:
+    """The live result of a computation on live and plain numbers; a result that is no float is decided by the true values, and guarded."""
+    true = compute(*map(_true, numbers))
+    if not isinstance(true, float):
+        return table.guard(expression, true)
+    return table.remember(compute(*map(_stand_in, numbers)), true, expression)
 
 
 def _comparison(symbol: str, compute: Callable[[Any, Any], bool]) -> Callable[[LiveFloat, Any], Any]:
     def method(self: LiveFloat, other: Any) -> Any:
+        other = torch_private.plain_number(other)
         if not isinstance(other, (int, float)):
             return NotImplemented
-        return self.table.compare(f"({_text(self)} {symbol} {_text(other)})", compute(float(self), _plain(other)))
+        return self.table.guard(f"({_text(self)} {symbol} {_text(other)})", compute(self.true, _true(other)))
 
     return method
 
 
-def _plain(number: Any) -> Number:
-    return float(number) if isinstance(number, LiveFloat) else number
-
-
 for _name, _symbol, _compute in (
-    ("add", "+", operator.add), ("sub", "-", operator.sub), ("mul", "*", operator.mul),
-    ("truediv", "/", operator.truediv), ("pow", "**", operator.pow),
+    ("add", "+", operator.add), ("sub", "-", operator.sub), ("mul", "*", operator.mul), ("truediv", "/", operator.truediv),
+    ("pow", "**", operator.pow), ("floordiv", "//", operator.floordiv), ("mod", "%", operator.mod),
 ):  # fmt: skip
     setattr(LiveFloat, f"__{_name}__", _binary(_symbol, _compute, swapped=False))
     setattr(LiveFloat, f"__r{_name}__", _binary(_symbol, _compute, swapped=True))
@@ -105,6 +153,27 @@ for _name, _symbol, _compare in (
     ("le", "<=", operator.le), ("gt", ">", operator.gt), ("ge", ">=", operator.ge),
 ):  # fmt: skip
     setattr(LiveFloat, f"__{_name}__", _comparison(_symbol, _compare))
+
+
+@contextlib.contextmanager
+def followed_math() -> Iterator[None]:
+    """Inside, `math.sqrt` and its kin give live results for live numbers, and `math.floor` and its kin guarded ones."""
+    with contextlib.ExitStack() as stack:
+        for name in (*FOLLOWED, *DECIDED):
+            stack.enter_context(mock.patch.object(math, name, _math_function(name, getattr(math, name))))
+        yield
+
+
+def _math_function(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    def function(*numbers: Any, **options: Any) -> Any:
+        live = next((number for number in (*numbers, *options.values()) if isinstance(number, LiveFloat)), None)
+        if live is None:
+            return original(*numbers, **options)
+        texts = [*map(_text, numbers), *(f"{key}={_text(number)}" for key, number in options.items())]
+        keywords = {key: _true(number) for key, number in options.items()}
+        return _followed(live.table, f"math.{name}({', '.join(texts)})", lambda *parts: original(*parts, **keywords), *numbers)
+
+    return function
 
 
 def live_groups(optimizer: Any, root: str, table: HyperTable) -> list[dict[str, Any]]:
@@ -116,10 +185,10 @@ def live_groups(optimizer: Any, root: str, table: HyperTable) -> list[dict[str, 
 
 
 def _live(value: Any, expression: str, table: HyperTable) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_live(part, f"{expression}[{index}]", table) for index, part in enumerate(value))
-    if isinstance(value, float) and not isinstance(value, bool):
+    if isinstance(value, (tuple, list)):
+        return type(value)(_live(part, f"{expression}[{index}]", table) for index, part in enumerate(value))
+    if isinstance(value, float):
         return table.live(value, expression)
     if isinstance(value, (bool, int, str, type(None))):
-        table.guards[expression] = Guard("hyper", expression, value)
+        table.guard(expression, value)
     return value

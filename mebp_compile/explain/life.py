@@ -23,7 +23,7 @@ def why(graph: Graph, plan: Plan, name: str) -> str:
     """
     seen, op, storage = walk(graph, plan), _find_op(graph, name), _find_storage(graph, name)
     if storage is None and op is None:
-        known = [item.name for item in (*graph.storages, *graph.values, *graph.ops)]
+        known = [*(item.name for item in graph.storages), *(item.name for item in graph.values), *(item.name for item in graph.ops)]
         raise OptionError(f"no storage, value or op is called {name!r}", close_matches(name, list(dict.fromkeys(known))))
     text = _why_op(graph, plan, op, seen) if op is not None else []
     if storage is not None:

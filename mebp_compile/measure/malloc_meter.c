@@ -136,8 +136,8 @@ static void *leave_bootstrap(void *pointer, size_t size) {
   return moved;
 }
 
-/* A block that moves holds its old and its new bytes together for a moment, unless the kernel remaps it; only the change
- * is counted. */
+/* A block that moves holds its old and its new bytes together for a moment, unless the kernel remaps it; only the
+ * change is counted. */
 EXPORT void *realloc(void *pointer, size_t size) {
   if (pointer == NULL) return malloc(size);
   if (from_bootstrap(pointer) || !ready()) return leave_bootstrap(pointer, size);

@@ -1,0 +1,90 @@
+"""Command line: `python -m solvers solve problem.json --budget 60%`, `python -m solvers check problem.json schedule.json`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from solvers.baselines import keep_all
+from solvers.check import Report, ScheduleError, replay
+from solvers.problem import Problem, ProblemError
+from solvers.schedule import Schedule, format, format_bytes
+from solvers.solve import EFFORTS, Infeasible, solve
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_budget(text: str, problem: Problem) -> int:
+    """Bytes from '123456', '256MB', '1.5GiB', or '60%' (of the keep-all peak). Raises ValueError for other text."""
+    match = re.fullmatch(r"([0-9.]+)\s*(%|[KMG]?i?B|)", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"budget {text!r} is not understood: write bytes, 256MB, 1.5GiB or 60%")
+    number, unit = float(match.group(1)), match.group(2).upper()
+    if unit == "%":
+        return int(replay(problem, keep_all(problem), enforce_budget=False).peak_bytes * number / 100)
+    return int(number * _UNITS[unit])
+
+
+def summary(problem: Problem, report: Report) -> str:
+    """A few lines about a replayed schedule."""
+    where = f"step {report.peak_step}" if report.peak_step >= 0 else "the start"
+    return "\n".join([
+        f"peak     {format_bytes(report.peak_bytes)} of {format_bytes(problem.budget_bytes)}, at {where}",
+        f"time     {report.time_us / 1e6:.6f} s, {report.stall_us / 1e6:.6f} s of it waiting for the disk",
+        f"runs     {report.runs}, {report.recomputes} of them recomputes",
+        f"disk     {format_bytes(report.written_bytes)} written in {report.offloads} offloads, "
+        f"{format_bytes(report.read_bytes)} read in {report.prefetches} prefetches",
+    ])  # fmt: skip
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m solvers", description="Schedule a training step within a budget.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    solving = commands.add_parser("solve", help="find a schedule")
+    solving.add_argument("problem", type=Path)
+    solving.add_argument("--budget", help="bytes, 256MB, 1.5GiB, or a percentage of the keep-all peak")
+    solving.add_argument("--effort", choices=EFFORTS, default="balanced")
+    solving.add_argument("--time-limit", type=float, default=20.0, help="seconds")
+    solving.add_argument("--seed", type=int, default=0)
+    solving.add_argument("--out", type=Path, help="write the schedule here as JSON")
+    solving.add_argument("--steps", action="store_true", help="print every step")
+    checking = commands.add_parser("check", help="replay a schedule")
+    checking.add_argument("problem", type=Path)
+    checking.add_argument("schedule", type=Path)
+    checking.add_argument("--budget", help="instead of the problem's")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> str:
+    """Carry out the command; returns what to print."""
+    problem = Problem.from_json(arguments.problem.read_text())
+    if arguments.budget:
+        problem = problem.with_budget(parse_budget(arguments.budget, problem))
+    if arguments.command == "check":
+        return summary(problem, replay(problem, Schedule.from_json(arguments.schedule.read_text())))
+    solution = solve(problem, arguments.effort, arguments.time_limit, arguments.seed)
+    if arguments.out:
+        arguments.out.write_text(solution.schedule.to_json())
+    lines = [
+        summary(problem, solution.report),
+        f"gap      {100 * solution.gap:.2f} % above the bound of {solution.bound_us / 1e6:.6f} s (any schedule)",
+        f"method   {solution.method}",
+    ]
+    return "\n".join(lines + ([format(solution.schedule, problem)] if arguments.steps else []))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 1 with one line on stderr: infeasible, broken schedule, or bad input."""
+    try:
+        print(_run(_parser().parse_args(arguments)))
+    except (Infeasible, ProblemError, ScheduleError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
