@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch.utils._pytree as pytree
 
-from mebp_compile import codegen
+from mebp_compile import artifacts, cache, codegen, explain, viz
 from mebp_compile.capture import State, capture, find_state
-from mebp_compile.config import Options, parse_budget
+from mebp_compile.capture.contract import contract_of
+from mebp_compile.compare import Comparison, compare
+from mebp_compile.config import Options, dump_dir, parse_budget
 from mebp_compile.cost import measure_costs
 from mebp_compile.errors import MebpError, OptionError, StepPoisoned
 from mebp_compile.graph import Graph
@@ -21,10 +24,13 @@ from mebp_compile.lower import lower
 from mebp_compile.lower.stream import stream_weights
 from mebp_compile.plan import Plan, build_problem, make_plan
 from mebp_compile.runtime.bind import Streamed, bind_weights
-from mebp_compile.runtime.guards import signature
+from mebp_compile.runtime.guards import batch_tensors, holds, signature
 from mebp_compile.runtime.program import Program, load
 from mebp_compile.runtime.setup import make_engine
+from mebp_compile.runtime.state import LiveState
 from mebp_compile.runtime.weights import WeightStore
+
+Progress = Callable[[str], None]
 
 
 def optimize(
@@ -40,28 +46,53 @@ def optimize(
     effort: str = "balanced",
     time_limit_s: float = 20.0,
     cache: bool = True,
+    progress: Progress | None = None,
 ) -> CompiledStep:
     """A step with the signature and the results of `step_fn` that never needs more memory than `budget`.
 
     `step_fn` does forward, backward and update in any order; its modules and optimizers are found in its closure or named in `state`. It is
-    captured at the first call, or now if `example` gives a batch. `weights` names a scheme for the frozen weights, or is a WeightStore
-    that has them; `offload` is a folder on disk for activations. Raises BudgetError, OptionError, CaptureError, BudgetInfeasible.
+    captured at the first call, or now if `example` gives a batch. `weights` names a scheme for the frozen weights ("int4", "nf4", "int8"), or is
+    a WeightStore that has them; `offload` is a folder on a disk for activations and state. `progress` is told what is going on.
+    Raises BudgetError, OptionError, CaptureError, StoreError, and BudgetInfeasible with the smallest budget found.
     """
-    options = Options(parse_budget(budget), Path(offload) if offload is not None else None, numerics, grads, effort, time_limit_s, cache)
     if not callable(step_fn):
         raise OptionError(f"step_fn is a {type(step_fn).__name__}, not a callable", "pass the function that does forward, backward and update")
+    options = Options(parse_budget(budget), Path(offload) if offload is not None else None, numerics, grads, effort, time_limit_s, cache)
     found = find_state(step_fn, state)
-    step = CompiledStep(step_fn, found, options, bind_weights(found, weights, options.offload_dir))
+    step = CompiledStep(step_fn, found, options, bind_weights(found, weights, options.offload_dir), progress)
     if example is not None:
         step.prepare(*example)
     return step
 
 
+def plan(step_fn: Callable[..., Any], budget: int | float | str, *, example: tuple[Any, ...], **options: Any) -> Plan:
+    """A dry run: the plan of `optimize` with the same arguments. Nothing is allocated for the step, and nothing runs."""
+    return optimize(step_fn, budget, **options).dry_run(*example)
+
+
+def build(
+    step_fn: Callable[..., Any], state: State, options: Options, batch: Any, streamed: Streamed | None, tell: Progress
+) -> cache.Found:
+    """Capture, lower, cost, plan, generate: one program for one batch geometry, as (contract, graph, plan, code)."""
+    records = streamed.records if streamed else {}
+    tell("capturing the step")
+    traced = capture(step_fn, state, *batch)
+    graph = stream_weights(lower(traced), records)
+    costs, graph = measure_costs(graph, options, records, tell)
+    problem = build_problem(graph, costs, options.budget_bytes, options.offload_dir is not None, options.grads)
+    tell(f"solving for {len(graph.ops):,} ops on {len(graph.storages):,} storages")
+    solved = make_plan(graph, problem, options.effort, options.time_limit_s)
+    return contract_of(traced), graph, solved, codegen.generate(graph, solved)
+
+
 class CompiledStep:
     """A training step inside a budget: call it as the original. One program is kept for each batch geometry and set of guards."""
 
-    def __init__(self, step_fn: Callable[..., Any], state: State, options: Options, streamed: Streamed | None = None) -> None:
+    def __init__(
+        self, step_fn: Callable[..., Any], state: State, options: Options, streamed: Streamed | None = None, progress: Progress | None = None
+    ) -> None:
         self.step_fn, self.state, self.options, self.streamed = step_fn, state, options, streamed
+        self.tell: Progress = progress or (lambda text: None)
         self.programs: dict[Any, list[Program]] = {}
         self.current: Program | None = None
         self.poisoned = ""
@@ -77,16 +108,44 @@ class CompiledStep:
             self.poisoned = f"{type(error).__name__}: {error}"
             raise
 
+    # --- programs ---
+
     def prepare(self, *batch: Any, **kwargs: Any) -> Program:
         """The program for this batch: a known one whose guards hold, or a new one. Runs nothing."""
         leaves = pytree.tree_leaves((batch, kwargs))
-        known = self.programs.get(signature(self.state, (batch, kwargs), self.ignored_gradients), [])
-        self.current = next((program for program in known if program.applies(leaves)), None)
-        if self.current is None:
-            self.current = build(self.step_fn, self.state, self.options, batch, kwargs, self.streamed)
-            self.ignored_gradients |= frozenset(self.current.traced.cleared)
-            self.programs.setdefault(signature(self.state, (batch, kwargs), self.ignored_gradients), []).append(self.current)
-        return self.current
+        known = self.programs.get(self._signature(batch, kwargs), [])
+        program = next((program for program in known if program.applies(leaves)), None)
+        if program is None:
+            contract, graph, solved, code = self._planned(batch, kwargs)
+            engine = make_engine(graph, solved, self.state, contract, self.options, self.streamed)
+            program = Program(contract, graph, solved, code, engine, load(code)[0])
+            self.ignored_gradients |= frozenset(contract.cleared)
+            self.programs.setdefault(self._signature(batch, kwargs), []).append(program)
+        self.current = program
+        return program
+
+    def dry_run(self, *batch: Any, **kwargs: Any) -> Plan:
+        """The plan for this batch, without anything that would run it."""
+        return self._planned(batch, kwargs)[2]
+
+    def _signature(self, batch: Any, kwargs: Any) -> Any:
+        return signature(self.state, (batch, kwargs), self.ignored_gradients)
+
+    def _planned(self, batch: Any, kwargs: Any) -> cache.Found:
+        """From the cache where its guards hold, or built."""
+        given = batch_tensors(pytree.tree_leaves((batch, kwargs)))
+        live = LiveState(self.state, {})
+        key = cache.program_key(self.step_fn, self.state, self.options, self._signature(batch, kwargs), self.streamed) if self.options.cache else ""
+        made = cache.find(key, lambda contract: holds(contract, live.hyper, given)) if key else None
+        if made is None:
+            made = build(self.step_fn, self.state, self.options, (batch, kwargs), self.streamed, self.tell)
+            if key:
+                cache.keep(key, *made)
+        if (folder := dump_dir()) is not None:
+            artifacts.save_artifacts(folder / f"{len(self.programs):02d}", *made[1:])
+        return made
+
+    # --- inspection ---
 
     @property
     def program(self) -> Program:
@@ -96,6 +155,7 @@ class CompiledStep:
 
     @property
     def code(self) -> str:
+        """The program that runs, as text."""
         return self.program.code
 
     @property
@@ -106,17 +166,35 @@ class CompiledStep:
     def plan(self) -> Plan:
         return self.program.plan
 
+    def __str__(self) -> str:
+        return explain.summary(self.graph, self.plan) if self.current is not None else "a step that has not been captured yet"
 
-def build(
-    step_fn: Callable[..., Any], state: State, options: Options, batch: tuple[Any, ...], kwargs: dict[str, Any], streamed: Streamed | None = None
-) -> Program:
-    """Capture, lower, cost, plan, generate, load: one program for one batch geometry."""
-    records = streamed.records if streamed else {}
-    traced = capture(step_fn, state, batch, kwargs)
-    graph = stream_weights(lower(traced), records)
-    costs, graph = measure_costs(graph, options, records)
-    problem = build_problem(graph, costs, options.budget_bytes, options.offload_dir is not None, options.grads)
-    plan = make_plan(graph, problem, options.effort, options.time_limit_s)
-    code = codegen.generate(graph, plan)
-    function, _ = load(code)
-    return Program(traced, graph, plan, code, make_engine(graph, plan, state, traced, options, streamed), function)
+    def explain(self, module: str | None = None) -> str:
+        """What the plan does, in words and a table; for one module if named."""
+        return explain.explain(self.graph, self.plan, module)
+
+    def why(self, name: str) -> str:
+        """The life of one storage, value or op."""
+        return explain.why(self.graph, self.plan, name)
+
+    def show(self, path: str | Path) -> Path:
+        """Write a picture: the memory timeline (.html), the graph (.svg, .dot), or a Perfetto trace (.json)."""
+        return viz.write(path, self.graph, self.plan)
+
+    def compare(self, *batch: Any, **kwargs: Any) -> Comparison:
+        """Run the user's own step and the compiled one from the same state and compare every byte; both are undone. Needs eager's memory."""
+        return compare(self.step_fn, (batch, kwargs), self.prepare(*batch, **kwargs), self.state, self.streamed)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write graph, problem, schedule, offsets and program as files, for `mebp check`, `mebp show` and `load`."""
+        return artifacts.save_artifacts(folder, self.graph, self.plan, self.code)
+
+    def use_code(self, path: str | Path) -> None:
+        """Run an edited program text from now on, for the batch that was used last."""
+        program = self.program
+        code = Path(path).read_text()
+        function, _ = load(code)
+        edited = replace(program, code=code, function=function)
+        for programs in self.programs.values():
+            programs[:] = [edited if known is program else known for known in programs]
+        self.current = edited

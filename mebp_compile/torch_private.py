@@ -53,6 +53,10 @@ def fake_tensor(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
     return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
 
+def is_fake(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, FakeTensor)
+
+
 # --- tracing ---
 
 
@@ -144,6 +148,17 @@ def gradients_cleared_first() -> Iterator[set[int]]:
 
 def positional_count(function: Callable[..., Any]) -> int:
     return len(inspect.signature(function).parameters)
+
+
+def is_symbolic(number: Any) -> bool:
+    return isinstance(number, (torch.SymFloat, torch.SymInt, torch.SymBool))
+
+
+def plain_number(number: Any) -> Any:
+    """A symbolic number whose value is known after all (`0 * step`) as that value; anything else as it is."""
+    if not isinstance(number, (torch.SymFloat, torch.SymInt)) or not number.node.expr.is_number:
+        return number
+    return float(number.node.expr) if isinstance(number, torch.SymFloat) else int(number.node.expr)
 
 
 # --- looking into a trace in progress ---

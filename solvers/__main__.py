@@ -1,4 +1,4 @@
-"""Command line: `python -m solvers solve problem.json --budget 60%`, `python -m solvers check problem.json schedule.json`."""
+"""Command line: `python -m solvers solve problem.json --budget 60%` and `... check problem.json schedule.json`."""
 
 from __future__ import annotations
 

@@ -49,8 +49,8 @@ def lifespans(problem: Problem, schedule: Schedule) -> tuple[Lifespan, ...]:
     """When each storage occupies memory, in step indices: from the Run or Prefetch that allocates it (0 for resident
     storages) up to the Free (len(steps) if never freed). The copy that a rerun makes of a live storage and discards
     at once is a lifespan of one step. Workspaces are not included. Expects a valid schedule."""
-    home = (s for s, info in enumerate(problem.storages) if info.persistent and (not info.movable or s in schedule.resident))
-    began = dict.fromkeys(home, 0)
+    persistent = (s for s, info in enumerate(problem.storages) if info.persistent)
+    began = {s: 0 for s in persistent if s in schedule.resident or not problem.storages[s].movable}
     result = []
 
     def span(storage: int, start: int, end: int) -> Lifespan:

@@ -1,33 +1,51 @@
 """Capture: one call of the user's training step as one fx graph, with what it relied on as guards.
 
 `capture` runs the step's Python once over fake tensors (`trace`), on the modules and optimizers that it reaches (`find`), with hyper-parameters
-kept live (`hyper`), branches on the batch asked of the real batch (`predicates`), and refuses what would be silently wrong (`unchanged`).
+kept live (`hyper`, `lost`), Python values guarded (`facts`), branches on the batch asked of the real batch (`predicates`), and refuses what would be silently wrong (`unchanged`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from mebp_compile import torch_private
+from mebp_compile.capture.facts import read_facts
 from mebp_compile.capture.find import State, find_state
+from mebp_compile.capture.lost import lost_number, may_lose
 from mebp_compile.capture.trace import Input, Traced, initialise_optimizer, trace_step
-from mebp_compile.capture.unchanged import python_state_kept
-from mebp_compile.errors import CaptureError, DataDependentBranch, MebpError, UndeclaredState
+from mebp_compile.capture.unchanged import python_state_kept, where
+from mebp_compile.errors import CaptureError, DataDependentBranch, MebpError, UndeclaredState, Unsupported
 
-__all__ = ["Input", "State", "Traced", "capture", "find_state", "initialise_optimizer"]
+__all__ = ["Input", "State", "Traced", "capture", "find_state", "initialise_optimizer", "read_facts"]
 
 
 def capture(step_fn: Callable[..., Any], state: State, batch: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
     """The whole step as one graph over `state` and the batch. Raises a CaptureError that names the line and the fix."""
     _check_parameters(state)
-    for optimizer in state.optimizers.values():
-        initialise_optimizer(optimizer)
+    _check_reads(step_fn, state)
+    facts = read_facts(state)
+    with _fresh_optimizer_state(state):
+        traced = _trace(step_fn, state, batch, kwargs, "")
+        _check_constants(traced)
+        if may_lose(state):
+            line = lost_number(traced, _trace(step_fn, state, batch, kwargs, "again"))
+            if line is not None:
+                raise Unsupported(
+                    f"a hyper-parameter of param_groups turns into a fixed number at {line}, so that a later change of it would be lost",
+                    "compute with Python's own float arithmetic and `math` rather than numpy, or pass the number in the batch as a tensor",
+                )
+    traced.facts = facts
+    return traced
+
+
+def _trace(step_fn: Callable[..., Any], state: State, batch: tuple[Any, ...], kwargs: dict[str, Any], salt: str) -> Traced:
     with python_state_kept(step_fn, state):
         try:
-            traced = trace_step(step_fn, state, batch, kwargs)
+            return trace_step(step_fn, state, batch, kwargs, salt)
         except MebpError:
             raise
         except torch_private.DataDependent as error:
@@ -40,8 +58,31 @@ def capture(step_fn: Callable[..., Any], state: State, batch: tuple[Any, ...], k
                 f"{type(error).__name__} at {torch_private.raising_line(error)} while the step was traced: {str(error).strip()[:500]}",
                 "run the step once uncompiled: if it works there, name its modules and optimizers in state=[...]",
             ) from error
-    _check_constants(traced)
-    return traced
+
+
+@contextlib.contextmanager
+def _fresh_optimizer_state(state: State) -> Iterator[None]:
+    """Inside, optimizers have the state of their first step; it is taken away again where the capture fails."""
+    had = {root: {parameter for parameter, entries in optimizer.state.items() if entries} for root, optimizer in state.optimizers.items()}
+    try:
+        for optimizer in state.optimizers.values():
+            initialise_optimizer(optimizer)
+        yield
+    except BaseException:
+        for root, optimizer in state.optimizers.items():
+            for parameter in [parameter for parameter in optimizer.state if parameter not in had[root]]:
+                del optimizer.state[parameter]
+        raise
+
+
+def _check_reads(step_fn: Callable[..., Any], state: State) -> None:
+    """A scheduler asked for its learning rate inside the step would answer once and for all."""
+    asked = {"get_last_lr", "_last_lr"} & state.reach.names
+    if asked and any(hasattr(item, "get_last_lr") for item in state.others.values()):
+        raise Unsupported(
+            f"the step at {where(step_fn)} asks a scheduler for its learning rate ({asked.pop()}), which would be read only once",
+            "read optimizer.param_groups[0]['lr'] in the step, or ask the scheduler outside it",
+        )
 
 
 def _check_parameters(state: State) -> None:

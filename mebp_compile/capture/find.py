@@ -18,12 +18,23 @@ DEPTH = 5
 
 
 @dataclass
+class Reach:
+    """The user's own code that a step reaches: its functions, the objects whose attributes they may read, and every name in their code."""
+
+    functions: list[types.FunctionType] = field(default_factory=list)
+    objects: list[tuple[str, Any]] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
+    seen: dict[int, Any] = field(default_factory=dict)
+
+
+@dataclass
 class State:
     """Roots by the name they have in the step: modules, optimizers, and other objects whose Python state must not change."""
 
     modules: dict[str, nn.Module] = field(default_factory=dict)
     optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
     others: dict[str, Any] = field(default_factory=dict)
+    reach: Reach = field(default_factory=lambda: Reach())
 
     def parameters(self) -> Iterator[tuple[str, str, nn.Parameter]]:
         """(root, path, parameter) of every parameter, each object once."""
@@ -41,8 +52,7 @@ def find_state(step_fn: Callable[..., Any], declared: Iterable[Any] | None = Non
     `declared` (the user's `state=`) replaces the search for modules and optimizers. Raises Unsupported for a DDP-wrapped module.
     """
     found = State()
-    seen: set[int] = set()
-    for name, item in _reachable(step_fn, "step", DEPTH, seen):
+    for name, item in _reachable(step_fn, "step", DEPTH, found.reach):
         _file(found, name, item, roots=declared is None)
     for number, item in enumerate(declared or ()):
         if not isinstance(item, (nn.Module, torch.optim.Optimizer)):
@@ -71,18 +81,23 @@ def _identifier(name: str) -> str:
     return text if text.isidentifier() else f"state_{text}"
 
 
-def _reachable(item: Any, name: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Any]]:
+def _reachable(item: Any, name: str, depth: int, reach: Reach) -> Iterator[tuple[str, Any]]:
     """(name, object) of every module, optimizer and stateful object that `item` reaches."""
-    if depth < 0 or id(item) in seen or isinstance(item, (str, bytes, int, float, type, types.ModuleType, torch.dtype)):
+    if depth < 0 or id(item) in reach.seen or isinstance(item, (str, bytes, int, float, type, types.ModuleType, torch.dtype)):
         return
-    seen.add(id(item))
-    if isinstance(item, (nn.Module, torch.optim.Optimizer)) or (hasattr(item, "state_dict") and not isinstance(item, torch.Tensor)):
+    reach.seen[id(item)] = item
+    if isinstance(item, (nn.Module, torch.optim.Optimizer)) or _has_state(item):
         yield name, item
-    for child_name, child in _children(item, name):
-        yield from _reachable(child, child_name, depth - 1, seen)
+    for child_name, child in _children(item, name, reach):
+        yield from _reachable(child, child_name, depth - 1, reach)
 
 
-def _children(item: Any, name: str) -> Iterator[tuple[str, Any]]:
+def _has_state(item: Any) -> bool:
+    """Schedulers, scalers and their like; Python and numpy random generators."""
+    return not isinstance(item, torch.Tensor) and (hasattr(item, "state_dict") or hasattr(item, "getstate") or hasattr(item, "bit_generator"))
+
+
+def _children(item: Any, name: str, reach: Reach) -> Iterator[tuple[str, Any]]:
     if isinstance(item, functools.partial):
         yield name, item.func
         yield from ((f"{name}_{index}", part) for index, part in enumerate(item.args))
@@ -91,7 +106,7 @@ def _children(item: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield "self", item.__self__
         yield name, item.__func__
     elif isinstance(item, types.FunctionType):
-        yield from _closure(item)
+        yield from _closure(item, reach)
     elif isinstance(item, Mapping):
         yield from ((f"{name}_{key}", part) for key, part in item.items())
     elif isinstance(item, (list, tuple, set)):
@@ -99,28 +114,29 @@ def _children(item: Any, name: str) -> Iterator[tuple[str, Any]]:
     elif isinstance(item, (nn.Module, torch.Tensor, torch.optim.Optimizer)):
         return
     elif type(item).__module__.split(".")[0] not in OWN_WORLD:
+        reach.objects.append((name, item))
         yield from vars(item).items() if hasattr(item, "__dict__") else ()
-        call = getattr(type(item), "__call__", None)
-        if isinstance(call, types.FunctionType):
-            yield name, call
+        yield from ((name, member) for member in vars(type(item)).values() if isinstance(member, types.FunctionType))
 
 
-def _closure(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+def _closure(function: types.FunctionType, reach: Reach) -> Iterator[tuple[str, Any]]:
     """Cells, defaults, and the globals that the function's code (and the code nested in it) names."""
     for cell_name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         if _filled(cell):
             yield cell_name, cell.cell_contents
     yield from ((f"default_{index}", part) for index, part in enumerate(function.__defaults__ or ()))
     yield from (function.__kwdefaults__ or {}).items()
-    if function.__module__ and function.__module__.split(".")[0] in OWN_WORLD:
-        return
-    for code in _codes(function.__code__):
-        for name in code.co_names:
-            if name in function.__globals__:
-                yield name, function.__globals__[name]
     wrapped = getattr(function, "__wrapped__", None)
     if wrapped is not None:
         yield function.__name__, wrapped
+    if function.__module__ and function.__module__.split(".")[0] in OWN_WORLD:
+        return
+    reach.functions.append(function)
+    for code in _codes(function.__code__):
+        reach.names.update(code.co_names)
+        for name in code.co_names:
+            if name in function.__globals__:
+                yield name, function.__globals__[name]
 
 
 def _filled(cell: Any) -> bool:

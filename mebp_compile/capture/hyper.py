@@ -4,7 +4,7 @@ While the step is traced every float in `param_groups` is replaced by a `LiveFlo
 that `1 - lr * weight_decay` stays that expression, also when an optimizer computes it in plain Python. By the time it reaches an op it is a
 bare double, so its *bits* identify it: stand-ins are salted to be unmistakable, and the lowering looks each constant of the graph up in
 `HyperTable.expressions`. What Python decides on (`if weight_decay != 0`) is decided on the true value and recorded as a guard.
-A conversion that this can't follow (numpy, C code) would leave a salted number behind; `live.same_program` finds it by tracing with two salts.
+A conversion that this can't follow (numpy, C code) would leave a salted number behind; `lost.lost_number` finds it by tracing with two salts.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class HyperTable:
         part = int.from_bytes(digest[:6], "big") / 2**48
         return self.remember(value * (0.75 + part / 5), value, expression)
 
-    def remember(self, stand_in: float, true: float, expression: str) -> LiveFloat:
-        number = LiveFloat(stand_in)
+    def remember(self, bare: float, true: float, expression: str) -> LiveFloat:
+        number = LiveFloat(bare)
         number.true, number.expression, number.table = true, expression, self
-        self.expressions[stand_in] = expression
+        self.expressions[bare] = expression
         return number
 
     def guard(self, expression: str, outcome: Any) -> Any:
@@ -83,16 +83,16 @@ class LiveFloat(float):
         return self.table.guard(f"round({self.expression}, {digits})", round(self.true, digits))
 
     def __float__(self) -> float:
-        return _stand_in(self)
+        return stand_in(self)
 
     def __neg__(self) -> LiveFloat:
-        return self.table.remember(-_stand_in(self), -self.true, f"(-{self.expression})")
+        return self.table.remember(-stand_in(self), -self.true, f"(-{self.expression})")
 
     def __pos__(self) -> LiveFloat:
         return self
 
     def __abs__(self) -> LiveFloat:
-        return self.table.remember(abs(_stand_in(self)), abs(self.true), f"abs({self.expression})")
+        return self.table.remember(abs(stand_in(self)), abs(self.true), f"abs({self.expression})")
 
     def __reduce__(self) -> Any:
         return (float, (self.true,))
@@ -101,7 +101,8 @@ class LiveFloat(float):
         return self
 
 
-def _stand_in(number: Any) -> Any:
+def stand_in(number: Any) -> Any:
+    """The bare number that a trace holds for a live one; any other number as it is."""
     return float.__add__(number, 0.0) if isinstance(number, LiveFloat) else number
 
 
@@ -110,14 +111,16 @@ def _true(number: Any) -> Any:
 
 
 def _text(number: Any) -> str:
-    return number.expression if isinstance(number, LiveFloat) else f"({number!r})"
+    if isinstance(number, LiveFloat):
+        return number.expression
+    return f"({number!r})" if math.isfinite(number) else f"float({str(number)!r})"
 
 
 def _binary(symbol: str, compute: Callable[[Any, Any], Any], swapped: bool) -> Callable[[LiveFloat, Any], Any]:
     def method(self: LiveFloat, other: Any) -> Any:
         other = torch_private.plain_number(other)
-        if not isinstance(other, (int, float)):  # a symbolic number: the bare double in the trace identifies this one
-            return compute(other, _stand_in(self)) if swapped else compute(_stand_in(self), other)
+        if not isinstance(other, (int, float)):  # a tensor or a symbolic number: the bare double in the trace identifies this one
+            return compute(other, stand_in(self)) if swapped else compute(stand_in(self), other)
         left, right = (other, self) if swapped else (self, other)
         return _followed(self.table, f"({_text(left)} {symbol} {_text(right)})", compute, left, right)
 
@@ -129,12 +132,14 @@ def _followed(table: HyperTable, expression: str, compute: Callable[..., Any], *
     true = compute(*map(_true, numbers))
     if not isinstance(true, float):
         return table.guard(expression, true)
-    return table.remember(compute(*map(_stand_in, numbers)), true, expression)
+    return table.remember(compute(*map(stand_in, numbers)), true, expression)
 
 
 def _comparison(symbol: str, compute: Callable[[Any, Any], bool]) -> Callable[[LiveFloat, Any], Any]:
     def method(self: LiveFloat, other: Any) -> Any:
         other = torch_private.plain_number(other)
+        if torch_private.is_symbolic(other):
+            return compute(stand_in(self), other)
         if not isinstance(other, (int, float)):
             return NotImplemented
         return self.table.guard(f"({_text(self)} {symbol} {_text(other)})", compute(self.true, _true(other)))

@@ -7,7 +7,9 @@ valid as long as the answer is the same, and the predicate, a small fx graph of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import types
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,12 +22,32 @@ ASKS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.de
 
 @dataclass(frozen=True)
 class Predicate:
-    """A question about the batch: `graph` of the batch tensors named in `sources` gives a number or truth value, which was `expect`."""
+    """A question about the batch: `graph` of the batch tensors named in `sources` gives a number or truth value, which was `expect`.
 
-    graph: torch.fx.GraphModule
+    `line` is where the step asked it. The graph is kept as text with its constants, so that a predicate can be saved.
+    """
+
+    code: str
+    constants: dict[str, torch.Tensor]
     sources: tuple[str, ...]
     expect: Any
     line: str
+
+    @functools.cached_property
+    def graph(self) -> Any:
+        scope: dict[str, Any] = {"torch": torch, "device": torch.device, "inf": float("inf"), "nan": float("nan")}
+        exec(compile(self.code, "<predicate>", "exec"), scope)
+        owner = types.SimpleNamespace(**self.constants)
+        return lambda *tensors: scope["forward"](owner, *tensors)
+
+    def to_data(self) -> dict[str, Any]:
+        constants = {name: tensor_data(tensor) for name, tensor in self.constants.items()}
+        return {"code": self.code, "constants": constants, "sources": self.sources, "expect": self.expect, "line": self.line}
+
+    @staticmethod
+    def from_data(data: dict[str, Any]) -> Predicate:
+        constants = {name: data_tensor(item) for name, item in data["constants"].items()}
+        return Predicate(data["code"], constants, tuple(data["sources"]), data["expect"], data["line"])
 
     def ask(self, batch: dict[str, torch.Tensor]) -> Any:
         with torch.no_grad():
@@ -57,10 +79,10 @@ class PredicateMode(TorchDispatchMode):
         sliced = _slice([node for node in asked if node is not None], names)
         if sliced is None:
             return None
-        graph, sources = _graph_of(func, args, asked, sliced, names)
+        code, constants, sources = _program_of(func, args, asked, sliced, names)
+        predicate = Predicate(code, constants, sources, None, torch_private.user_line())
         with torch_private.outside_tracing():
-            expect = graph(*[self.real[source] for source in sources])
-        return Predicate(graph, sources, expect, torch_private.user_line())
+            return replace(predicate, expect=predicate.graph(*[self.real[source] for source in sources]))
 
 
 def _slice(roots: list[torch.fx.Node], names: dict[Any, str]) -> list[torch.fx.Node] | None:
@@ -81,18 +103,36 @@ def _slice(roots: list[torch.fx.Node], names: dict[Any, str]) -> list[torch.fx.N
     return sorted(needed, key=order.__getitem__)
 
 
-def _graph_of(func: Any, args: Any, asked: list[Any], nodes: list[torch.fx.Node], names: dict[Any, str]) -> tuple[torch.fx.GraphModule, tuple[str, ...]]:
-    graph, copies, sources = torch.fx.Graph(), {}, []
+def _program_of(
+    func: Any, args: Any, asked: list[Any], nodes: list[torch.fx.Node], names: dict[Any, str]
+) -> tuple[str, dict[str, torch.Tensor], tuple[str, ...]]:
+    """(text of a function of the batch tensors, the constants that it uses, the sources of its arguments)."""
+    graph, copies, sources, constants = torch.fx.Graph(), {}, [], {}
     for node in nodes:
         if node.op == "placeholder":
             copies[node] = graph.placeholder(node.name)
             sources.append(names[node])
-    root = torch.nn.Module()
     for node in nodes:
         if node.op == "get_attr":
-            root.register_buffer(str(node.target), torch_private.constant_of(node), persistent=False)
+            constants[str(node.target)] = torch_private.constant_of(node)
         if node.op != "placeholder":
             copies[node] = graph.node_copy(node, copies.__getitem__)
     asked_args = tuple(copies[node] if node is not None else arg for node, arg in zip(asked, args, strict=True))
     graph.output(graph.call_function(func, asked_args))
-    return torch.fx.GraphModule(root, graph), tuple(sources)
+    return graph.python_code("self").src, constants, tuple(sources)
+
+
+LARGEST_CONSTANT = 1 << 16
+
+
+def tensor_data(tensor: torch.Tensor) -> dict[str, Any]:
+    """A small tensor as data: dtype, shape, and its bytes in hexadecimal."""
+    if tensor.numel() > LARGEST_CONSTANT:
+        raise ValueError("a constant too large to be saved")
+    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape), "hex": raw.hex()}
+
+
+def data_tensor(data: dict[str, Any]) -> torch.Tensor:
+    raw = torch.frombuffer(bytearray.fromhex(data["hex"]) or bytearray(1), dtype=torch.uint8)[: len(data["hex"]) // 2]
+    return raw.clone().view(getattr(torch, data["dtype"])).reshape(data["shape"])

@@ -16,7 +16,7 @@ import torch.utils._pytree as pytree
 
 from mebp_compile import torch_private
 from mebp_compile.capture.find import State
-from mebp_compile.capture.hyper import HyperTable, live_groups
+from mebp_compile.capture.hyper import HyperTable, followed_math, live_groups, stand_in
 from mebp_compile.capture.predicates import PredicateMode
 from mebp_compile.errors import CaptureError
 
@@ -39,10 +39,12 @@ class Traced:
     results: list[str]
     return_spec: pytree.TreeSpec
     return_constants: dict[int, Any]
+    return_hypers: dict[int, str]
     hyper: HyperTable
     predicates: list[Any] = field(default_factory=list)
     cleared: tuple[str, ...] = ()
     gradients_given: tuple[str, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def collect_inputs(state: State, batch: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Input]:
@@ -79,21 +81,22 @@ def _optimizer_inputs(root: str, optimizer: torch.optim.Optimizer, names: dict[i
                     yield Input(f"optimizer:{root}:{names[id(parameter)]}:{key}", "optimizer", value)
 
 
-def trace_step(step_fn: Callable[..., Any], state: State, batch: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
-    """One fx graph of `step_fn(*batch, **kwargs)`."""
+def trace_step(step_fn: Callable[..., Any], state: State, batch: tuple[Any, ...], kwargs: dict[str, Any], salt: str = "") -> Traced:
+    """One fx graph of `step_fn(*batch, **kwargs)`; `salt` chooses the stand-ins of hyper-parameters."""
     inputs = collect_inputs(state, batch, kwargs)
     mode = torch_private.fake_mode()
     with torch_private.fake_construction(mode):
         fakes = _fakes(inputs, mode)
-    hyper = HyperTable()
+    hyper = HyperTable(salt)
     run = _Run(step_fn, state, batch, kwargs, inputs, hyper)
     with contextlib.ExitStack() as stack:
         for name, module in state.modules.items():
             stack.enter_context(torch_private.annotated_modules(module, name))
         stack.enter_context(torch_private.tracing_contexts(mode))
+        stack.enter_context(followed_math())
         module = torch_private.make_fx(run, fakes)
     given = tuple(item.source.split(":", 1)[1] for item in inputs if item.role == "gradient")
-    return Traced(module, inputs, run.results, run.spec, run.constants, hyper, run.predicates, tuple(run.cleared), given)
+    return Traced(module, inputs, run.results, run.spec, run.constants, run.hypers, hyper, run.predicates, tuple(run.cleared), given)
 
 
 def _fakes(inputs: list[Input], mode: Any) -> list[torch.Tensor]:
@@ -109,6 +112,7 @@ class _Run:
         self.results: list[str] = []
         self.predicates: list[Any] = []
         self.constants: dict[int, Any] = {}
+        self.hypers: dict[int, str] = {}
         self.spec: Any = None
         self.names = parameter_names(state)
         self.cleared: list[str] = []
@@ -160,6 +164,8 @@ class _Run:
         for index, leaf in enumerate(leaves):
             if isinstance(leaf, (torch.Tensor, torch.SymFloat, torch.SymInt, torch.SymBool)):
                 outputs.append((f"return:{index}", leaf.detach() if isinstance(leaf, torch.Tensor) else leaf))
+            elif isinstance(leaf, float) and stand_in(leaf) in self.hyper.expressions:
+                self.hypers[index] = self.hyper.expressions[stand_in(leaf)]
             elif isinstance(leaf, (int, float, str, bool, type(None), torch.dtype)):
                 self.constants[index] = leaf
             else:

@@ -12,31 +12,35 @@ from typing import Any
 
 import torch
 
+from mebp_compile.capture.facts import Place, frozen, places
 from mebp_compile.capture.find import State
 from mebp_compile.errors import ClosureChanged
 
 SCHEDULER_FIX = "call scheduler.step() outside the step, after it returns; the new learning rate is picked up at the next call"
+DRAW_FIX = "draw the numbers before the step and pass them in the batch, or use torch's generator"
+Change = tuple[str, str]
 
 
 @contextlib.contextmanager
 def python_state_kept(step_fn: Callable[..., Any], state: State) -> Iterator[None]:
     """Inside, run the step once; then raise ClosureChanged, with everything put back, where Python state is not what it was."""
     randoms = _random_states()
-    objects = {name: (item, copy.deepcopy(item.state_dict())) for name, item in state.others.items() if callable(getattr(item, "state_dict", None))}
-    plain = _plain_values(step_fn)
+    objects = {name: (item, copy.deepcopy(_state_of(item))) for name, item in state.others.items()}
+    values = [(place, place.read(), _shallow_copy(place.read()), frozen(place.read())) for place in places(state)]
     modes = {(root, path): (module, module.training) for root, top in state.modules.items() for path, module in top.named_modules()}
     torch_rng = torch.get_rng_state()
     try:
         yield
     finally:
-        changed = _restore_randoms(randoms) + _restore_objects(objects) + _changed_plain(step_fn, plain) + _restore_modes(modes)
+        changed = _restore_randoms(randoms) + _restore_objects(objects) + _restore_modes(modes) + _restore_values(values)
         torch.set_rng_state(torch_rng)
     if changed:
         what, fix = changed[0]
-        raise ClosureChanged(f"running the step once {what}; a compiled step would not do that again ({_where(step_fn)})", fix)
+        raise ClosureChanged(f"running the step once {what}; a compiled step would not do that again ({where(step_fn)})", fix)
 
 
-def _where(step_fn: Callable[..., Any]) -> str:
+def where(step_fn: Callable[..., Any]) -> str:
+    """`file:line` of the step's definition."""
     function = inspect.unwrap(getattr(step_fn, "func", step_fn))
     code = getattr(function, "__code__", None)
     return f"{code.co_filename}:{code.co_firstlineno}" if code else repr(step_fn)
@@ -49,30 +53,47 @@ def _random_states() -> dict[str, Any]:
     return states
 
 
-def _restore_randoms(before: dict[str, Any]) -> list[tuple[str, str]]:
-    changed = []
-    for name, now in _random_states().items():
-        if name in before and repr(now) != repr(before[name]):
-            fix = "draw the numbers before the step and pass them in the batch, or use torch's generator"
-            changed.append((f"drew from Python's `{name}`", fix))
+def _restore_randoms(before: dict[str, Any]) -> list[Change]:
+    changed = [(f"drew from Python's `{name}`", DRAW_FIX) for name, now in _random_states().items() if name in before and not _same(now, before[name])]
     random.setstate(before["random"])
     if "numpy.random" in before:
         sys.modules["numpy"].random.set_state(before["numpy.random"])
     return changed
 
 
-def _restore_objects(before: dict[str, tuple[Any, Any]]) -> list[tuple[str, str]]:
+def _state_of(item: Any) -> Any:
+    """What a stateful object says of its state: state_dict(), random.Random's getstate(), or a numpy generator's bit_generator.state."""
+    if callable(getattr(item, "state_dict", None)):
+        return item.state_dict()
+    return item.getstate() if hasattr(item, "getstate") else item.bit_generator.state
+
+
+def _put_state(item: Any, state: Any) -> None:
+    if callable(getattr(item, "load_state_dict", None)):
+        item.load_state_dict(state)
+    elif hasattr(item, "setstate"):
+        item.setstate(state)
+    elif hasattr(item, "bit_generator"):
+        item.bit_generator.state = state
+
+
+def _restore_objects(before: dict[str, tuple[Any, Any]]) -> list[Change]:
     changed = []
     for name, (item, old) in before.items():
-        if not _same(item.state_dict(), old):
-            item.load_state_dict(old)
-            scheduler = hasattr(item, "get_last_lr")
-            what = f"stepped the scheduler `{name}` ({type(item).__name__})" if scheduler else f"changed `{name}` ({type(item).__name__})"
-            changed.append((what, SCHEDULER_FIX if scheduler else f"change `{name}` outside the step"))
+        if _same(_state_of(item), old):
+            continue
+        _put_state(item, old)
+        kind = type(item).__name__
+        if hasattr(item, "get_last_lr"):
+            changed.append((f"stepped the scheduler `{name}` ({kind})", SCHEDULER_FIX))
+        elif callable(getattr(item, "state_dict", None)):
+            changed.append((f"changed `{name}` ({kind})", f"change `{name}` outside the step"))
+        else:
+            changed.append((f"drew from `{name}` ({kind})", DRAW_FIX))
     return changed
 
 
-def _restore_modes(before: dict[tuple[str, str], tuple[Any, bool]]) -> list[tuple[str, str]]:
+def _restore_modes(before: dict[tuple[str, str], tuple[Any, bool]]) -> list[Change]:
     changed = []
     for (root, path), (module, training) in before.items():
         if module.training != training:
@@ -81,51 +102,40 @@ def _restore_modes(before: dict[tuple[str, str], tuple[Any, bool]]) -> list[tupl
     return changed[:1]
 
 
-def _plain_values(step_fn: Callable[..., Any]) -> dict[str, Any]:
-    """Numbers, strings and containers that the step's own function can rebind or change: cells, globals it stores to, attributes of self."""
-    values: dict[str, Any] = {}
-    for name, read in _places(step_fn):
-        with contextlib.suppress(Exception):
-            values[name] = copy.deepcopy(read())
-    return values
+def _shallow_copy(value: Any) -> Any:
+    return copy.copy(value) if isinstance(value, (list, set, dict)) else value
 
 
-def _changed_plain(step_fn: Callable[..., Any], before: dict[str, Any]) -> list[tuple[str, str]]:
+def _restore_values(before: list[tuple[Place, Any, Any, Any]]) -> list[Change]:
+    """Put back cells, globals, attributes and the content of containers; tell which had changed."""
     changed = []
-    for name, read in _places(step_fn):
-        if name in before and not _same(read(), before[name]):
-            changed.append((f"changed `{name}` from {before[name]!r} to {read()!r}", "keep counters and logs outside the step, using what it returns"))
+    for place, value, content, facts in before:
+        now = place.read()
+        if now is value and frozen(now) == facts:
+            continue
+        same = frozen(now) == facts
+        if isinstance(value, list):
+            value[:] = content
+        elif isinstance(value, (set, dict)):
+            value.clear()
+            value.update(content)
+        if now is not value:
+            place.write(value)
+        if not same:
+            changed.append((f"changed `{place.name}`{_values(content, now)}", "keep counters and logs outside the step, using what it returns"))
     return changed
 
 
-def _places(step_fn: Callable[..., Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    function = inspect.unwrap(getattr(step_fn, "func", step_fn))
-    code = getattr(function, "__code__", None)
-    for name, cell in zip(code.co_freevars if code else (), getattr(function, "__closure__", None) or (), strict=False):
-        with contextlib.suppress(ValueError):
-            if _is_plain(cell.cell_contents):
-                yield name, lambda cell=cell: cell.cell_contents
-    owner = getattr(function, "__self__", None)
-    for name, value in (vars(owner) if hasattr(owner, "__dict__") and not isinstance(owner, torch.nn.Module) else {}).items():
-        if _is_plain(value):
-            yield f"self.{name}", lambda owner=owner, name=name: getattr(owner, name)
-    module_globals = getattr(function, "__globals__", {})
-    for name in code.co_names if code else ():
-        if _is_plain(module_globals.get(name)):
-            yield name, lambda name=name: module_globals[name]
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple, set)):
-        return all(_is_plain(part) for part in value)
-    if isinstance(value, dict):
-        return all(_is_plain(part) for part in value.values())
-    return isinstance(value, (bool, int, float, str, bytes))
+def _values(old: Any, new: Any) -> str:
+    plain = isinstance(old, (bool, int, float, str)) and isinstance(new, (bool, int, float, str))
+    return f" from {old!r} to {new!r}" if plain else ""
 
 
 def _same(left: Any, right: Any) -> bool:
     if isinstance(left, torch.Tensor) or isinstance(right, torch.Tensor):
         return isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor) and torch.equal(left, right)
+    if hasattr(left, "tobytes") and hasattr(right, "tobytes"):
+        return bool(left.tobytes() == right.tobytes())
     if isinstance(left, dict) and isinstance(right, dict):
         return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
     if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):

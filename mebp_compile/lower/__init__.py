@@ -12,6 +12,7 @@ import torch
 
 from mebp_compile import graph as ir
 from mebp_compile import torch_private
+from mebp_compile.capture.hyper import stand_in
 from mebp_compile.capture.trace import Traced
 from mebp_compile.errors import GraphError
 from mebp_compile.graph import Const, Graph, Op, Ref, Storage, Value
@@ -57,7 +58,7 @@ class _Lowering:
                 item = next(inputs)
                 self._persistent(node, item.source, item.role)
             elif node.op == "get_attr":
-                self._persistent(node, f"constant:{node.target}", "constant", getattr(self.traced.module, str(node.target)))
+                self._constant(node, torch_private.constant_of(node))
             elif node.op == "call_function":
                 self._call(node)
             elif node.op == "output":
@@ -74,6 +75,22 @@ class _Lowering:
         storage, _ = self._storage(value, name, role, source)
         self.of_node[node] = self._value(name, value, storage)
         self.inputs.append(self.of_node[node])
+
+    def _constant(self, node: torch.fx.Node, tensor: torch.Tensor) -> None:
+        """A tensor that the trace made of Python numbers: kept beside the graph, or made anew where the number is a hyper-parameter."""
+        expression = self.traced.hyper.expression_of(tensor)
+        if expression is None:
+            self._persistent(node, f"constant:{node.target}", "constant", tensor)
+            return
+        place, name = self.places[node], self.namer.unique("hyper_tensor")
+        storage, _ = self._storage(tensor, name, "activation")
+        self.of_node[node] = self._value(name, tensor, storage)
+        number = self._hyper(expression)
+        kwargs = (("dtype", Const(*torch_private.constant_name(tensor.dtype))),)
+        target = torch_private.target_name(torch.ops.aten.scalar_tensor.default)
+        self.ops.append(
+            Op(name, target, (Ref(number),), kwargs, (name,), (storage,), (self.values[number].storage,), (), place.phase, place.module)
+        )
 
     def _storage(self, tensor: torch.Tensor, name: str, role: str, source: str = "") -> tuple[int, bool]:
         """The number of the tensor's storage, and whether it is new."""
@@ -203,8 +220,8 @@ class _Lowering:
             return Ref(made) if isinstance(made, str) else tuple(Ref(part) for part in made)
         if isinstance(arg, (list, tuple)):
             return tuple(self._arg(part) for part in arg)
-        if isinstance(arg, float) and arg in self.traced.hyper.expressions:
-            return Ref(self._hyper(self.traced.hyper.expressions[arg]))
+        if isinstance(arg, float) and stand_in(arg) in self.traced.hyper.expressions:
+            return Ref(self._hyper(self.traced.hyper.expressions[stand_in(arg)]))
         if isinstance(arg, bool) or arg is None or isinstance(arg, (int, float, str)):
             return arg
         return Const(*torch_private.constant_name(arg))

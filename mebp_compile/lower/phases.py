@@ -43,7 +43,7 @@ def _phases(graph: torch.fx.Graph) -> Iterator[tuple[torch.fx.Node, str]]:
     """A node with the backward mark is backward; from `Optimizer.step` to its end is update; what follows backward unmarked is update too."""
     phase, updating = "forward", False
     for node in graph.nodes:
-        if node.op != "call_function":
+        if node.op not in ("call_function", "get_attr"):
             continue
         if "_record_function_enter" in str(node.target):
             updating = updating or _is_step(node)

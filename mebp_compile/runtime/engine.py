@@ -6,7 +6,7 @@ Memory: `at` gives views of one arena, `new` asks the allocator. Persistent tens
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class Engine:
         self.arena = _arena(arena_bytes)
         self.activations = activations
         self.weights = weights
-        self.metered = False
+        self.on_view: Callable[[torch.Tensor], None] | None = None  # a meter that is told of every view of the arena
         self._typed: dict[torch.dtype, torch.Tensor] = {}
         self._views: dict[tuple[Any, ...], torch.Tensor] = {}
         self._reading: dict[str, torch.Tensor] = {}
@@ -55,11 +55,17 @@ class Engine:
     def at(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype, stride: tuple[int, ...] | None = None) -> torch.Tensor:
         """The tensor of this geometry at byte `offset` of the arena. Its bytes are whatever was there before."""
         key = (offset, shape, dtype, stride)
+        if self.on_view is not None:
+            return self._seen(self._view(*key))
         view = self._views.get(key)
         if view is None:
-            view = self._view(offset, shape, dtype, stride)
-            if not self.metered:
-                self._views[key] = view
+            view = self._views[key] = self._view(*key)
+        return view
+
+    def _seen(self, view: torch.Tensor) -> torch.Tensor:
+        """A view that is not kept, so that the meter sees it die when the step lets go of it."""
+        assert self.on_view is not None
+        self.on_view(view)
         return view
 
     def _view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype, stride: tuple[int, ...] | None) -> torch.Tensor:

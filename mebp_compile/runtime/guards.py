@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
-from mebp_compile.capture import State, Traced
+from mebp_compile.capture import State
+from mebp_compile.capture.contract import Contract
 
 
 def signature(state: State, batch: Any, ignore_gradients: frozenset[str] = frozenset()) -> tuple[Any, ...]:
@@ -47,10 +48,10 @@ def _optimizer(optimizer: torch.optim.Optimizer) -> Any:
     )
 
 
-def holds(traced: Traced, hyper: Callable[[str], Any], batch: dict[str, torch.Tensor]) -> bool:
+def holds(contract: Contract, hyper: Callable[[str], Any], batch: dict[str, torch.Tensor]) -> bool:
     """Whether every hyper-parameter fact and every batch predicate gives what the capture saw."""
-    return all(_same(hyper(guard.subject), guard.expect) for guard in traced.hyper.guards.values()) and all(
-        _same(predicate.ask(batch), predicate.expect) for predicate in traced.predicates
+    return all(_same(hyper(guard.subject), guard.expect) for guard in contract.guards) and all(
+        _same(predicate.ask(batch), predicate.expect) for predicate in contract.predicates
     )
 
 

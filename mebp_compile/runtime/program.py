@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
-from mebp_compile.capture import Traced
+from mebp_compile.capture.contract import Contract
 from mebp_compile.errors import CaptureError
 from mebp_compile.graph import Graph
 from mebp_compile.plan import Plan
@@ -25,7 +25,7 @@ _numbers = itertools.count(1)
 class Program:
     """One captured, planned and generated variant of the step."""
 
-    traced: Traced
+    contract: Contract
     graph: Graph
     plan: Plan
     code: str
@@ -33,7 +33,7 @@ class Program:
     function: Callable[..., tuple[Any, ...]]
 
     def applies(self, leaves: list[Any]) -> bool:
-        return holds(self.traced, self.engine.live.hyper, batch_tensors(leaves))
+        return holds(self.contract, self.engine.live.hyper, batch_tensors(leaves))
 
     def run(self, leaves: list[Any]) -> Any:
         """One step: run the function, bind what outlives it, give back what the user's step returns."""
@@ -41,7 +41,7 @@ class Program:
         names = [self.graph.storages[self.graph.storage_of(name)] for name in self.graph.inputs]
         batch = [given[storage.source] for storage in names if storage.role == "batch"]
         live = self.engine.live
-        for name in self.traced.cleared:
+        for name in self.contract.cleared:
             live.parameters[name].grad = None
         self.engine.begin()
         with torch.no_grad():
@@ -55,12 +55,14 @@ class Program:
                 live.put(path, value)
                 kept.add(path)
         self._drop_gradients(kept)
-        flat = [returned.get(index, self.traced.return_constants.get(index)) for index in range(self.traced.return_spec.num_leaves)]
-        return pytree.tree_unflatten(flat, self.traced.return_spec)
+        returned |= self.contract.return_constants
+        returned |= {index: live.hyper(expression) for index, expression in self.contract.return_hypers.items()}
+        flat = [returned[index] for index in range(self.contract.return_spec.num_leaves)]
+        return pytree.tree_unflatten(flat, self.contract.return_spec)
 
     def _drop_gradients(self, kept: set[str]) -> None:
         """A parameter whose gradient the step took away (zero_grad at its end) has none afterwards."""
-        for name in self.traced.gradients_given:
+        for name in self.contract.gradients_given:
             if f"gradient:{name}" not in kept:
                 self.engine.live.parameters[name].grad = None
 

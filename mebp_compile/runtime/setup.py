@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 import solvers
-from mebp_compile.capture import State, Traced
+from mebp_compile.capture import State
+from mebp_compile.capture.contract import Contract
 from mebp_compile.config import Options
 from mebp_compile.graph import Graph
 from mebp_compile.measure.transfer import DiskThread
@@ -19,10 +20,9 @@ from mebp_compile.runtime.streams import WeightStream
 SLOT_ALIGN = 4096
 
 
-def make_engine(graph: Graph, plan: Plan, state: State, traced: Traced, options: Options, streamed: Streamed | None = None) -> Engine:
+def make_engine(graph: Graph, plan: Plan, state: State, contract: Contract, options: Options, streamed: Streamed | None = None) -> Engine:
     """An engine with everything that the program's verbs need, and nothing more."""
-    constants = {str(node.target): getattr(traced.module, str(node.target)) for node in traced.module.graph.nodes if node.op == "get_attr"}
-    live = LiveState(state, constants)
+    live = LiveState(state, contract.constants)
     sources = {storage.name: storage.source for storage in graph.storages if storage.source and storage.role not in ("batch", "hyper", "weight")}
     thread = DiskThread()
     weights = _weights(graph, plan, streamed, thread) if streamed is not None else None

@@ -11,6 +11,8 @@ import torch
 from mebp_compile.capture.find import State
 from mebp_compile.errors import GraphError
 
+HYPER_NAMES = {"abs": abs, "bool": bool, "float": float, "int": int, "round": round}
+
 Getter = Callable[[], torch.Tensor]
 
 
@@ -62,7 +64,7 @@ class LiveState:
 
     def hyper(self, expression: str) -> Any:
         """The value now of an expression over param groups, such as `1 - opt.param_groups[0]['lr'] * ...`."""
-        return eval(compile(expression, "<hyper>", "eval"), {"__builtins__": {"bool": bool}, "math": math}, dict(self.state.optimizers))
+        return eval(compile(expression, "<hyper>", "eval"), {"__builtins__": HYPER_NAMES, "math": math}, dict(self.state.optimizers))
 
 
 def _owner(module: torch.nn.Module, path: str) -> tuple[torch.nn.Module, str]:

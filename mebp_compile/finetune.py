@@ -1,0 +1,339 @@
+"""Fine-tuning with LoRA inside a budget, as `mebp plan` and `mebp train` do it: model, adapters, optimizer, data, step, loop.
+
+A worked example of the API as much as a tool: `make_step` is an ordinary training step, and `optimize` makes it fit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mebp_compile.compiler import CompiledStep, optimize
+from mebp_compile.config import SCHEMES, cache_dir
+from mebp_compile.errors import DiskError, OptionError
+from mebp_compile.progress import Progress
+from mebp_compile.runtime.weights import WeightStore
+
+IGNORED = -100  # the label of tokens that give no loss
+BYTE_END = 256  # the token after each example where bytes are tokens
+# Qwen2 configurations that need no checkpoint; their weights are random.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen2.5-0.5b": {
+        "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+        "num_key_value_heads": 2, "max_position_embeddings": 32768, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+    },
+    "tiny-qwen2": {
+        "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 512, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to train and inside which budget. `model`: a name of CONFIGS or a checkpoint folder; `offload`, `store`: folders on disk."""
+
+    model: str
+    budget: str
+    sequence: int = 256
+    batch: int = 1
+    lora_rank: int = 8
+    optimizer: str = "adamw"
+    lr: float = 1e-4
+    weights: str | None = None
+    offload: Path | None = None
+    store: Path | None = None
+    dtype: str = "bfloat16"
+    effort: str = "balanced"
+    time_limit_s: float = 20.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("sequence", "batch", "lora_rank"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name} is {getattr(self, name)}", "give a positive number")
+        for name, allowed in (("optimizer", OPTIMIZERS), ("dtype", DTYPES)):
+            if getattr(self, name) not in allowed:
+                raise OptionError(f"{name}={getattr(self, name)!r} is unknown", f"use one of {', '.join(allowed)}")
+        if self.weights is not None and self.weights not in SCHEMES:
+            raise OptionError(f"weights={self.weights!r} is unknown", f"use one of {', '.join(SCHEMES)}, or leave it out")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise OptionError(f"the learning rate is {self.lr!r}", "give a positive number")
+
+
+# --- the model ---
+
+
+def build_model(settings: Settings) -> tuple[nn.Module, WeightStore | None]:
+    """A causal language model with LoRA adapters on all its linear layers, and the store of its frozen weights if they are quantised.
+
+    With a store the frozen weights are never in memory: the model is built on meta.
+    """
+    store = open_store(settings) if settings.weights is not None else None
+    torch.manual_seed(settings.seed)
+    base = _on_meta(settings) if store is not None else _in_memory(settings)
+    base.config.use_cache = False
+    model = _with_lora(base, settings)
+    model.train()
+    return model, store
+
+
+def _config(settings: Settings) -> Any:
+    """The transformers config of a named configuration or a checkpoint folder."""
+    import transformers
+
+    if settings.model in CONFIGS:
+        return transformers.Qwen2Config(**CONFIGS[settings.model])
+    if not (Path(settings.model) / "config.json").is_file():
+        raise OptionError(f"{settings.model} is neither a folder with a config.json nor a known configuration", f"use one of {', '.join(CONFIGS)}, or a folder")
+    return transformers.AutoConfig.from_pretrained(settings.model, local_files_only=True)
+
+
+def _in_memory(settings: Settings) -> Any:
+    import transformers
+
+    config, dtype = _config(settings), DTYPES[settings.dtype]
+    if settings.model in CONFIGS:
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    return transformers.AutoModelForCausalLM.from_pretrained(settings.model, config=config, dtype=dtype, local_files_only=True)
+
+
+def _on_meta(settings: Settings) -> Any:
+    """The model without weights; its buffers (rotary frequencies) are real."""
+    import transformers
+
+    config = _config(settings)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=DTYPES[settings.dtype])  # type: ignore[no-untyped-call]
+    for path, module in model.named_modules():
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            _fill_buffers(path, module, config)
+    return model
+
+
+def _fill_buffers(path: str, module: nn.Module, config: Any) -> None:
+    try:
+        fresh = type(module)(config)
+    except TypeError as error:
+        raise OptionError(f"the buffers of {path} ({type(module).__name__}) can't be built without the checkpoint", "leave --weights out") from error
+    for name, buffer in fresh.named_buffers(recurse=False):
+        setattr(module, name, buffer)
+    for name, item in vars(fresh).items():
+        if isinstance(item, torch.Tensor):
+            setattr(module, name, item)
+
+
+def _with_lora(base: Any, settings: Settings) -> nn.Module:
+    """PEFT's LoRA in the model's own dtype; adapters that came out on meta get the start that PEFT gives (A random, B zero)."""
+    import peft
+
+    config = peft.LoraConfig(
+        r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property that has a new name
+        model: nn.Module = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Linear) and weight is not None and weight.requires_grad:
+            dtype = DTYPES[settings.dtype]
+            real = torch.zeros(weight.shape, dtype=dtype)
+            if ".lora_A." in f"{name}.":
+                nn.init.kaiming_uniform_(real, a=math.sqrt(5))
+            module.weight = nn.Parameter(real)
+    return model
+
+
+def open_store(settings: Settings) -> WeightStore:
+    """The quantised weights of the model: an existing store, or a new one beside the other stores."""
+    assert settings.weights is not None
+    folder = settings.store or cache_dir() / "weights" / f"{Path(settings.model).name}-{settings.weights}"
+    if (folder / "manifest.json").is_file():
+        return WeightStore.open(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if settings.model in CONFIGS:
+        return WeightStore.from_config(_on_meta(settings), folder, settings.weights, settings.seed)
+    return WeightStore.from_checkpoint(settings.model, folder, settings.weights)
+
+
+# --- the step ---
+
+
+def make_step(model: nn.Module, settings: Settings) -> tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], torch.optim.Optimizer]:
+    """An ordinary training step step(input_ids, labels) -> loss, both int64 [batch, sequence], and its optimizer."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = OPTIMIZERS[settings.optimizer](trained, lr=settings.lr)
+
+    def step(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = model(input_ids=input_ids, labels=labels).loss
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return step, optimizer
+
+
+@dataclass
+class Training:
+    """A model with adapters and its step, planned inside the budget."""
+
+    settings: Settings
+    model: nn.Module
+    step: CompiledStep
+
+
+def prepare(settings: Settings, progress: Progress) -> Training:
+    """Build the model and plan its step for the batch that the settings name. Raises what `optimize` raises (BudgetInfeasible, ...)."""
+    with progress.stage("model"):
+        model, store = build_model(settings)
+        step_fn, _ = make_step(model, settings)
+    ids = torch.zeros((settings.batch, settings.sequence), dtype=torch.int64)
+    with progress.stage("capture, cost and plan"):
+        step = optimize(
+            step_fn, settings.budget, example=(ids, ids.clone()), weights=store, offload=settings.offload,
+            effort=settings.effort, time_limit_s=settings.time_limit_s,
+        )  # fmt: skip
+    return Training(settings, model, step)
+
+
+# --- data ---
+
+
+class ByteTokens:
+    """Bytes as tokens, for models without a tokenizer: 0-255, and 256 after each example."""
+
+    eos_token_id = BYTE_END
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8"))
+
+
+def load_tokens(settings: Settings) -> Any:
+    """The tokenizer of the checkpoint folder if it has one, else bytes."""
+    folder = Path(settings.model)
+    if settings.model in CONFIGS or not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return ByteTokens()
+    import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(settings.model, local_files_only=True)
+
+
+def read_examples(path: Path) -> list[list[tuple[str, bool]]]:
+    """Examples as (text, gives loss) parts: a text file is one example; each line of a .jsonl has "text", "prompt" and "completion", or "messages"."""
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"can't read the data {path}: {error}", "give a UTF-8 .txt or .jsonl file") from error
+    if path.suffix != ".jsonl":
+        return [[(content, True)]]
+    return [_parts(path, number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+
+
+def _parts(path: Path, number: int, line: str) -> list[tuple[str, bool]]:
+    try:
+        row = json.loads(line)
+        if "messages" in row:
+            return [(f"{item['role']}: {item['content']}\n", item["role"] == "assistant") for item in row["messages"]]
+        if "prompt" in row:
+            return [(row["prompt"], False), (row["completion"], True)]
+        return [(str(row["text"]), True)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise OptionError(
+            f"{path}, line {number}: not an example ({type(error).__name__}: {error})",
+            'write {"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [{"role": ..., "content": ...}]}',
+        ) from error
+
+
+def blocks(examples: Sequence[Sequence[tuple[str, bool]]], tokens: Any, sequence: int) -> list[tuple[list[int], list[int]]]:
+    """Examples end to end, cut into blocks of `sequence` tokens: (input ids, labels). Blocks in which nothing gives loss are left out."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for example in examples:
+        for text, counts in example:
+            new = list(tokens.encode(text))
+            ids += new
+            labels += new if counts else [IGNORED] * len(new)
+        end = tokens.eos_token_id
+        if end is not None:
+            ids.append(end)
+            labels.append(end if example and example[-1][1] else IGNORED)
+    cuts = [(ids[at : at + sequence], labels[at : at + sequence]) for at in range(0, len(ids) - sequence + 1, sequence)]
+    useful = [block for block in cuts if any(label != IGNORED for label in block[1][1:])]
+    if not useful:
+        raise OptionError(f"the data has {len(ids)} tokens: not one block of {sequence} that gives loss", "give more data, or a shorter --sequence")
+    return useful
+
+
+def batches(data: Sequence[tuple[list[int], list[int]]], batch: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless batches: the blocks in a new random order each time round."""
+    order: list[int] = []
+    chance = random.Random(seed)
+    while True:
+        while len(order) < batch:
+            order += chance.sample(range(len(data)), len(data))
+        chosen, order = order[:batch], order[batch:]
+        yield torch.tensor([data[index][0] for index in chosen]), torch.tensor([data[index][1] for index in chosen])
+
+
+# --- the loop ---
+
+
+def train(training: Training, data: Path, steps: int, adapter: Path | None, log: Path | None, progress: Progress) -> list[float]:
+    """Run `steps` steps on the data; write the losses (a JSON line each) and the adapter in PEFT's format. Returns the losses."""
+    settings = training.settings
+    tokens = load_tokens(settings)
+    source = batches(blocks(read_examples(data), tokens, settings.sequence), settings.batch, settings.seed)
+    losses: list[float] = []
+    with open_log(log) as write:
+        for number in range(1, steps + 1):
+            started = time.perf_counter()
+            losses.append(float(training.step(*next(source)).item()))
+            write({"step": number, "loss": losses[-1], "seconds": round(time.perf_counter() - started, 4)})
+            progress.update("train", number, steps, f"loss {losses[-1]:.4f}")
+    if adapter is not None:
+        save_adapter(training.model, adapter)
+    return losses
+
+
+class open_log:
+    """A context that gives a function writing one JSON line; without a path it writes nothing."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+
+    def __enter__(self) -> Callable[[dict[str, Any]], None]:
+        try:
+            self.file = self.path.open("w", encoding="utf-8") if self.path is not None else None
+        except OSError as error:
+            raise DiskError(f"can't write the log {self.path}: {error.strerror}", "give a file in a folder that exists") from error
+        return self._write
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self.file is not None:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+
+    def __exit__(self, *_: object) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """adapter_model.safetensors and adapter_config.json, as PeftModel.from_pretrained reads them."""
+    try:
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    except OSError as error:
+        raise DiskError(f"can't save the adapter in {folder}: {error}", "give a folder that can be written") from error

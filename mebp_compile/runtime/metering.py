@@ -1,0 +1,93 @@
+"""One step of a program under a meter: what law 2 compares with the plan.
+
+`meter_storages` counts tensors to the byte and is compared with `plan.tensor_bytes`; `meter_process` counts what malloc handed out (workspaces and
+rounding included) and what the system charged, and is compared with `plan.peak_bytes`. Each runs one real training step: the meters disturb
+one another (the storage meter's own notes come from malloc), so a step is under one or the other.
+
+Both count as the budget does: what the program keeps in memory between steps (parameters, buffers, optimizer state, constants, the batch, resident
+packed weights, the arena) plus what the step adds. Gradients of the last step that this one throws away are dropped before the count begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mebp_compile.graph import PERSISTENT
+from mebp_compile.measure.meter import MallocMeter, PeakRss, StorageMeter
+from mebp_compile.runtime.guards import batch_tensors
+from mebp_compile.runtime.program import Program
+
+
+@dataclass(frozen=True)
+class TensorReading:
+    """peak_bytes: the most bytes of storages alive after any op, which is `peak_op`; a storage of the arena counts while a name holds it.
+    kept_bytes: storages alive before the step. result: what the step returned."""
+
+    peak_bytes: int
+    peak_op: str
+    kept_bytes: int
+    result: Any
+
+
+@dataclass(frozen=True)
+class ProcessReading:
+    """malloc_bytes (None where the malloc meter is not preloaded) and anon_bytes: malloc's peak and RssAnon's sampled peak during the step,
+    both above the process without what the program keeps; the step must not be the program's first, whose arena pages are still untouched."""
+
+    malloc_bytes: int | None
+    anon_bytes: int
+    result: Any
+
+
+def meter_storages(program: Program, leaves: list[Any]) -> TensorReading:
+    """Run one step and count its storages."""
+    _drop_old_gradients(program)
+    with StorageMeter() as meter:
+        meter.watch(*kept_tensors(program, leaves))
+        kept_bytes = meter.reset_peak()
+        program.engine.on_view = lambda view: meter.watch(view)
+        try:
+            result = program.run(leaves)
+        finally:
+            program.engine.on_view = None
+    return TensorReading(meter.peak_bytes, meter.peak_op, kept_bytes, result)
+
+
+def meter_process(program: Program, leaves: list[Any]) -> ProcessReading:
+    """Run one step and measure malloc's peak and RssAnon's."""
+    _drop_old_gradients(program)
+    kept_bytes = kept_storage_bytes(program, leaves) + program.engine.arena.nbytes
+    malloc = MallocMeter() if MallocMeter.available() else None
+    with PeakRss() as peak:
+        before_bytes = malloc.reset_peak() if malloc else 0
+        result = program.run(leaves)
+        grown_bytes = malloc.peak_bytes - before_bytes if malloc else 0
+    anon_bytes = kept_bytes + peak.peak_anon_bytes - peak.before.anon_bytes
+    return ProcessReading(kept_bytes + grown_bytes if malloc else None, anon_bytes, result)
+
+
+def kept_tensors(program: Program, leaves: list[Any]) -> Iterator[torch.Tensor]:
+    """Every tensor that the program finds in memory when a step begins."""
+    batch, plan = batch_tensors(leaves), program.plan
+    for index, storage in enumerate(program.graph.storages):
+        if storage.role not in PERSISTENT or not storage.size_bytes:
+            continue
+        if plan.problem.storages[index].movable and index not in plan.schedule.resident:
+            continue
+        yield batch[storage.source] if storage.role == "batch" else program.engine.state(storage.name)
+
+
+def kept_storage_bytes(program: Program, leaves: list[Any]) -> int:
+    """Bytes of the storages of `kept_tensors`, each once."""
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept_tensors(program, leaves)}
+    return sum(storages.values())
+
+
+def _drop_old_gradients(program: Program) -> None:
+    """As the step itself does first."""
+    for name in program.contract.cleared:
+        program.engine.live.parameters[name].grad = None
