@@ -20,6 +20,7 @@ from mebp_compile import codegen
 from mebp_compile.config import format_bytes
 from mebp_compile.errors import DiskError, GraphError, OptionError
 from mebp_compile.graph import PERSISTENT, Graph, from_json, to_json, verify
+from mebp_compile.overhead import charged_sizes, constant_overhead
 from mebp_compile.place import ALIGN, Life, Placement, lives
 from mebp_compile.plan import Plan, tensor_peak
 from mebp_compile.walk import walk
@@ -172,9 +173,10 @@ def _check_problem(graph: Graph, problem: solvers.Problem) -> None:
     for op, planned in zip(graph.ops, problem.ops, strict=True):
         mine = (op.name, set(op.reads), set(op.creates), set(op.writes), op.rng)
         _equal(f"op {op.name}", mine, (planned.name, set(planned.choices[0].reads), set(planned.creates), set(planned.writes), planned.rng))
-    for storage, block in zip(graph.storages, problem.storages, strict=True):
+    for storage, block, size_bytes in zip(graph.storages, problem.storages, charged_sizes(graph), strict=True):
         unused = block.size_bytes == 0 and storage.role not in PERSISTENT
-        _equal(f"storage {storage.name}", (storage.name, storage.size_bytes), (block.name, storage.size_bytes if unused else block.size_bytes))
+        _equal(f"storage {storage.name}", (storage.name, size_bytes), (block.name, size_bytes if unused else block.size_bytes))
+    _equal("constant_bytes", constant_overhead(graph), problem.constant_bytes)
 
 
 def _check_report(plan: Plan) -> None:
@@ -226,7 +228,7 @@ def _check_footprint(graph: Graph, plan: Plan) -> None:
     _equal("placement.peak_bytes", peak, plan.placement.peak_bytes)
     if peak > plan.problem.budget_bytes:
         raise GraphError(f"the footprint is {peak:,} bytes, the budget {plan.problem.budget_bytes:,}", AGAIN)
-    _equal("tensor_bytes", tensor_peak(plan.problem, plan.schedule), plan.tensor_bytes)
+    _equal("tensor_bytes", tensor_peak(graph, plan.problem, plan.schedule), plan.tensor_bytes)
     kept = solvers.replay(plan.problem, keep_all(plan.problem), enforce_budget=False)
     _equal("keep_all_bytes and keep_all_time_us", (kept.peak_bytes, kept.time_us), (plan.keep_all_bytes, plan.keep_all_time_us))
 

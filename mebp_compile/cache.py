@@ -1,6 +1,6 @@
 """Planned programs on disk: a second process with the same step, model, batch geometry and budget skips capture, costs and solver.
 
-The key covers all that decides the graph: the step's code and plain closure values, every module's class and plain attributes, parameters,
+The key covers all that decides the graph: the code of the step and of the functions that it reaches, their plain values, every module's class and plain attributes, parameters,
 batch geometry, options, library versions, the state of every source file of the user's own that is loaded, and the machine. Guards are asked
 again at every call, as always; a program whose guards do not hold is left alone and another is kept beside it.
 """
@@ -21,7 +21,6 @@ import torch
 from mebp_compile.artifacts import load_artifacts, save_artifacts
 from mebp_compile.capture import State
 from mebp_compile.capture.contract import Contract, from_json, to_json
-from mebp_compile.capture.facts import read_facts
 from mebp_compile.config import Options, cache_dir
 from mebp_compile.cost import fingerprint
 from mebp_compile.errors import CacheError, MebpError
@@ -73,7 +72,7 @@ def program_key(step_fn: Callable[..., Any], state: State, options: Options, sig
         [(name, _version(name)) for name in LIBRARIES],
         fingerprint(),
         _code(step_fn),
-        sorted((name, repr(value)) for name, value in read_facts(state).items()),
+        [_code(function) for function in state.reach.functions],
         [fact for root, module in state.modules.items() for fact in _modules(root, module)],
         [_optimizer(root, optimizer) for root, optimizer in state.optimizers.items()],
         sorted((name, repr(record)) for name, record in (streamed.records if streamed else {}).items()),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import torch.utils._pytree as pytree
 
 from mebp_compile.capture import State
 from mebp_compile.config import format_bytes
-from mebp_compile.runtime.bind import Streamed, become_meta
+from mebp_compile.runtime.bind import Streamed, dense_weights
 from mebp_compile.measure.meter import StorageMeter
 from mebp_compile.runtime.metering import meter_storages
 from mebp_compile.runtime.program import Program
@@ -46,6 +45,7 @@ class Comparison:
 
 def compare(step_fn: Callable[..., Any], batch: Any, program: Program, state: State, streamed: Streamed | None) -> Comparison:
     """Run both from the state as it is, and put it back. `batch` is (args, kwargs). Needs eager's memory, and copies of all state."""
+    program.materialise()
     before = snapshot(state)
     with dense_weights(state, streamed), StorageMeter() as meter:
         meter.watch(*_live_tensors(state))
@@ -53,6 +53,7 @@ def compare(step_fn: Callable[..., Any], batch: Any, program: Program, state: St
     wanted = {**_results(returned), **snapshot(state)}
     restore(state, before)
     reading = meter_storages(program, pytree.tree_leaves(batch))
+    program.materialise()
     given = {**_results(reading.result), **snapshot(state)}
     restore(state, before)
     names = sorted(wanted.keys() | given.keys())
@@ -117,23 +118,6 @@ def restore(state: State, saved: Tensors) -> None:
     for optimizer in state.optimizers.values():
         for parameter in [parameter for parameter, entries in optimizer.state.items() if not entries]:
             del optimizer.state[parameter]
-
-
-@contextlib.contextmanager
-def dense_weights(state: State, streamed: Streamed | None) -> Iterator[None]:
-    """Inside, streamed parameters hold their dequantised weights, so that the user's own step can run."""
-    held = []
-    for root, path, parameter in state.parameters() if streamed is not None else ():
-        name = streamed.names.get(f"parameter:{root}:{path}") if streamed is not None else None
-        if name is not None and streamed is not None:
-            dense = torch.nn.Parameter(streamed.store.dense(name, parameter.dtype), requires_grad=False)
-            torch.utils.swap_tensors(parameter, dense)
-            held.append(parameter)
-    try:
-        yield
-    finally:
-        for parameter in held:
-            become_meta(parameter)
 
 
 def same_bytes(left: torch.Tensor | None, right: torch.Tensor | None) -> bool:

@@ -24,6 +24,7 @@ from mebp_compile.lower import lower
 from mebp_compile.lower.stream import stream_weights
 from mebp_compile.plan import Plan, build_problem, make_plan
 from mebp_compile.runtime.bind import Streamed, bind_weights
+from mebp_compile.runtime.homes import Homes, state_dict
 from mebp_compile.runtime.guards import batch_tensors, holds, signature
 from mebp_compile.runtime.program import Program, load
 from mebp_compile.runtime.setup import make_engine
@@ -96,17 +97,52 @@ class CompiledStep:
         self.programs: dict[Any, list[Program]] = {}
         self.current: Program | None = None
         self.poisoned = ""
+        self.homes = Homes(state, options.offload_dir) if options.offload_dir is not None else None
         self.ignored_gradients: frozenset[str] = frozenset()
 
     def __call__(self, *batch: Any, **kwargs: Any) -> Any:
-        if self.poisoned:
-            raise StepPoisoned(f"an earlier call failed in mid-step ({self.poisoned}); the model may be half updated", "load a checkpoint, then optimize again")
+        self._refuse_poisoned()
         program = self.prepare(*batch, **kwargs)
+        program.arrange()
         try:
             return program.run(pytree.tree_leaves((batch, kwargs)))
         except BaseException as error:
             self.poisoned = f"{type(error).__name__}: {error}"
             raise
+
+    def _refuse_poisoned(self) -> None:
+        if self.poisoned:
+            raise StepPoisoned(
+                f"an earlier call failed in mid-step ({self.poisoned}); the model may be half updated",
+                "materialise(force=True), load a checkpoint into the model and the optimizer, then optimize again",
+            )
+
+    # --- state ---
+
+    def materialise(self, force: bool = False) -> None:
+        """Bring all parameters and optimizer state that lie on disk back into memory, under the same objects; the next call moves them again.
+
+        Call it before you load a checkpoint, and before you let go of the compiled step: its disk space goes with it. Needs the memory, whatever
+        the budget. After a failed call raises StepPoisoned, unless everything that the step updates lies on disk: then the state of before that
+        call comes back and the step works again. `force` brings back what there is, perhaps of two generations, to load a checkpoint over it.
+        """
+        restorable = self.current is not None and self.current.restorable
+        if not force and not restorable:
+            self._refuse_poisoned()
+        if self.homes is not None:
+            self.homes.materialise()
+        if self.poisoned and restorable and not force:
+            self.poisoned, self.current = "", None
+            self.programs.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of all state as `{"model": model.state_dict(), "optimizer": optimizer.state_dict()}`, wherever it lies; nothing moves.
+
+        With several modules or optimizers the keys are the names that the step has for them. Streamed weights stay in their store and are left
+        out. Raises StepPoisoned after a failed call.
+        """
+        self._refuse_poisoned()
+        return state_dict(self.state, self.homes)
 
     # --- programs ---
 
@@ -117,7 +153,7 @@ class CompiledStep:
         program = next((program for program in known if program.applies(leaves)), None)
         if program is None:
             contract, graph, solved, code = self._planned(batch, kwargs)
-            engine = make_engine(graph, solved, self.state, contract, self.options, self.streamed)
+            engine = make_engine(graph, solved, self.state, contract, self.options, self.streamed, self.homes)
             program = Program(contract, graph, solved, code, engine, load(code)[0])
             self.ignored_gradients |= frozenset(contract.cleared)
             self.programs.setdefault(self._signature(batch, kwargs), []).append(program)

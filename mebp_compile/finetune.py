@@ -200,13 +200,17 @@ def prepare(settings: Settings, progress: Progress) -> Training:
     with progress.stage("model"):
         model, store = build_model(settings)
         step_fn, _ = make_step(model, settings)
+    return Training(settings, model, compile_step(step_fn, settings, store, progress))
+
+
+def compile_step(step_fn: Callable[..., Any], settings: Settings, store: WeightStore | None, progress: Progress) -> CompiledStep:
+    """The step planned inside the settings' budget, for the batch that they name."""
     ids = torch.zeros((settings.batch, settings.sequence), dtype=torch.int64)
     with progress.stage("capture, cost and plan"):
-        step = optimize(
+        return optimize(
             step_fn, settings.budget, example=(ids, ids.clone()), weights=store, offload=settings.offload,
-            effort=settings.effort, time_limit_s=settings.time_limit_s,
+            effort=settings.effort, time_limit_s=settings.time_limit_s, progress=progress.say,
         )  # fmt: skip
-    return Training(settings, model, step)
 
 
 # --- data ---

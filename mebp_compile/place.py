@@ -32,13 +32,17 @@ class Placement:
 
 @dataclass(frozen=True)
 class Life:
-    """A storage in memory over schedule steps [start, end); `fits_arena` where it is filled through a given buffer."""
+    """A storage in memory over schedule steps [start, end); `fits_arena` where it is filled through a given buffer.
+
+    size_bytes are the tensor's own, charged_bytes those that the problem counts for it while the allocator has it.
+    """
 
     storage: int
     start: int
     end: int
     size_bytes: int
     fits_arena: bool
+    charged_bytes: int
 
 
 def lives(graph: Graph, problem: Problem, schedule: Schedule) -> list[Life]:
@@ -48,6 +52,11 @@ def lives(graph: Graph, problem: Problem, schedule: Schedule) -> list[Life]:
         index: (-1, False) for index, s in enumerate(problem.storages) if s.persistent and (not s.movable or index in schedule.resident)
     }
     result: list[Life] = []
+
+    def life(storage: int, start: int, end: int, fits: bool) -> Life:
+        charged_bytes = problem.storages[storage].size_bytes
+        return Life(storage, start, end, min(charged_bytes, graph.storages[storage].size_bytes), fits, charged_bytes)
+
     for number, step in enumerate(schedule.steps):
         if isinstance(step, Run):
             fits = bool(graph.ops[step.op].out_target)
@@ -58,10 +67,8 @@ def lives(graph: Graph, problem: Problem, schedule: Schedule) -> list[Life]:
             alive[step.storage] = (number, step.storage not in outputs and step.storage not in schedule.resident)
         elif isinstance(step, Free) and step.storage in alive:
             start, fits = alive.pop(step.storage)
-            result.append(Life(step.storage, start, number, problem.storages[step.storage].size_bytes, fits))
-    end = len(schedule.steps)
-    result += [Life(storage, start, end, problem.storages[storage].size_bytes, False) for storage, (start, _) in alive.items()]
-    return result
+            result.append(life(step.storage, start, number, fits))
+    return result + [life(storage, start, len(schedule.steps), False) for storage, (start, _) in alive.items()]
 
 
 def place_under(graph: Graph, problem: Problem, schedule: Schedule) -> Placement:

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field, replace
 import solvers
 from mebp_compile.errors import BudgetInfeasible
 from mebp_compile.config import format_bytes
-from mebp_compile.graph import PERSISTENT, Graph
+from mebp_compile.graph import PERSISTENT, Graph, Value
+from mebp_compile.overhead import charged_sizes, constant_overhead
 from mebp_compile.place import Placement, place_under
 from solvers import Problem, Report, Schedule
 from solvers.baselines import keep_all
 
-MOVABLE = ("weight",)
+MOVABLE = ("weight", "parameter", "optimizer")  # roles whose home may be the disk, see `homes`
+SMALLEST_HOME_BYTES = 1024  # a transfer of less costs more than it frees
 
 
 @dataclass(frozen=True)
@@ -73,27 +75,30 @@ class Plan:
 def build_problem(
     graph: Graph, costs: Costs, budget_bytes: int, offload: bool, grads: str = "keep", movable: Sequence[str] = MOVABLE
 ) -> Problem:
-    """The scheduling problem of a graph: every storage with its bytes, every op with its measured cost, in graph order."""
+    """The scheduling problem of a graph: every storage with the bytes charged for it (`overhead`), every op with its measured cost, in graph order."""
+    charged = charged_sizes(graph)
     outputs = {graph.storage_of(name) for path, name in graph.results if grads == "keep" or not path.startswith("gradient:")}
+    may_leave = homes(graph, offload, grads, movable)
     storages = tuple(
         solvers.Storage(
             storage.name,
-            storage.size_bytes,
+            charged[index],
             persistent=storage.role in PERSISTENT,
-            movable=storage.size_bytes > 0 and (storage.role not in PERSISTENT or storage.role in movable) and (offload or storage.role == "weight"),
+            movable=index in may_leave if storage.role in PERSISTENT else storage.size_bytes > 0 and offload,
             output=index in outputs and storage.role not in PERSISTENT,
         )
         for index, storage in enumerate(graph.storages)
     )
     used = {storage for op in graph.ops for storage in (*op.reads, *op.writes, *op.creates, *(s for c in op.menu for s in c.reads))}
     storages = tuple(
-        storage if index in used else replace(storage, size_bytes=storage.size_bytes if storage.persistent else 0, movable=False, persistent=True, output=False)
+        storage if index in used else _unused(storage, graph.storages[index].role in ("parameter", "optimizer"))
         for index, storage in enumerate(storages)
     )
     problem = Problem(
         ops=tuple(_op(op, costs.ops.get(op.name, OpCost(1))) for op in graph.ops),
         storages=storages,
         budget_bytes=budget_bytes,
+        constant_bytes=constant_overhead(graph),
         read_bytes_per_us=costs.read_bytes_per_us,
         write_bytes_per_us=costs.write_bytes_per_us,
         latency_us=costs.latency_us,
@@ -102,6 +107,49 @@ def build_problem(
     )
     problem.validate()
     return problem
+
+
+def _unused(storage: solvers.Storage, keeps_home: bool) -> solvers.Storage:
+    """A storage that no op touches: a number, or state that this step does not need, which may still be on disk."""
+    return replace(
+        storage, size_bytes=storage.size_bytes if storage.persistent else 0, movable=storage.movable and keeps_home, persistent=True, output=False
+    )
+
+
+def homes(graph: Graph, offload: bool, grads: str = "keep", roles: Sequence[str] = MOVABLE) -> frozenset[int]:
+    """Persistent storages that need not be in memory between steps: packed weights in a store; with `offload`, parameters and optimizer state.
+
+    A parameter or entry of optimizer state qualifies if it is one tensor that fills its storage alone (no view, no slice of a flat buffer),
+    is not itself a result of the step, and has no gradient outside the step (`.grad` can't lie in memory when its parameter does not).
+    """
+    results = {graph.storage_of(name) for _, name in graph.results}
+    gradients = {storage.source for storage in graph.storages if storage.role == "gradient"}
+    gradients |= {path for path, _ in graph.results if grads == "keep" and path.startswith("gradient:")}
+    holders: dict[int, list[str]] = {}
+    for name in graph.inputs:
+        holders.setdefault(graph.storage_of(name), []).append(name)
+    chosen = set()
+    for index, storage in enumerate(graph.storages):
+        if storage.role == "weight" and "weight" in roles and storage.size_bytes > 0:
+            chosen.add(index)
+        kind, _, name = storage.source.partition(":")
+        if not offload or storage.role not in roles or kind not in ("parameter", "optimizer") or index in results:
+            continue
+        alone = len(holders.get(index, ())) == 1 and _fills(graph.value[holders[index][0]], storage.size_bytes)
+        if alone and storage.size_bytes >= SMALLEST_HOME_BYTES and not (kind == "parameter" and f"gradient:{name}" in gradients):
+            chosen.add(index)
+    return frozenset(chosen)
+
+
+def _fills(value: Value, size_bytes: int) -> bool:
+    """Whether the tensor covers its whole storage without gaps, in any order of its dimensions."""
+    expected = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(value.shape, value.stride, strict=True) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    digits = "".join(letter for letter in value.dtype.split("_")[0] if letter.isdigit())
+    return value.offset == 0 and expected * (int(digits) // 8 if digits else 1) == size_bytes
 
 
 def _op(op: object, cost: OpCost) -> solvers.Op:
@@ -147,7 +195,7 @@ def make_plan(
         report=report,
         placement=placement,
         peak_bytes=placement.peak_bytes,
-        tensor_bytes=tensor_peak(problem, solution.schedule),
+        tensor_bytes=tensor_peak(graph, problem, solution.schedule),
         keep_all_bytes=everything.peak_bytes,
         keep_all_time_us=everything.time_us,
         bound_us=int(solution.bound_us),
@@ -156,10 +204,15 @@ def make_plan(
     )
 
 
-def tensor_peak(problem: Problem, schedule: Schedule) -> int:
-    """Largest sum of storages, without workspace."""
+def tensor_peak(graph: Graph, problem: Problem, schedule: Schedule) -> int:
+    """Largest sum of storages, to the byte: without overhead, and without workspace except that of Loops, whose tiles are tensors too."""
     bare = replace(
         problem,
-        ops=tuple(replace(op, choices=tuple(replace(choice, workspace_bytes=0) for choice in op.choices)) for op in problem.ops),
+        constant_bytes=0,
+        storages=tuple(
+            replace(charged, size_bytes=storage.size_bytes if charged.size_bytes else 0)
+            for storage, charged in zip(graph.storages, problem.storages, strict=True)
+        ),
+        ops=tuple(replace(op, choices=(replace(op.choices[0], workspace_bytes=0), *op.choices[1:])) for op in problem.ops),
     )
     return solvers.replay(bare, schedule, enforce_budget=False).peak_bytes

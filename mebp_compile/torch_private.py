@@ -53,6 +53,13 @@ def fake_tensor(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
     return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
 
+def dense_fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    """A fake with the geometry of a real tensor and a storage of its own that is no larger than it needs."""
+    with mode:
+        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    return fake.requires_grad_(tensor.requires_grad) if tensor.requires_grad else fake
+
+
 def is_fake(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
@@ -273,3 +280,20 @@ def constant_name(item: Any) -> tuple[str, str]:
         if isinstance(item, cls):
             return kind, str(item).removeprefix("torch.")
     raise GraphError(f"an op takes a {type(item).__name__} ({item!r})", "report this step")
+
+
+# --- tensors that leave memory ---
+
+
+def exchange(tensor: torch.Tensor, other: torch.Tensor) -> None:
+    """The two objects swap all but their identity: memory, geometry, device, gradient, hooks of autograd.
+
+    `torch.utils.swap_tensors` does the same but refuses tensors with weak references, which a capture leaves behind on purpose.
+    """
+    torch._C._swap_tensor_impl(tensor, other)  # type: ignore[attr-defined]
+
+
+def memory_is_shared(tensor: torch.Tensor) -> bool:
+    """Whether a tensor that is another object (a view, a `.data`) keeps the memory of this one alive."""
+    storage = tensor.untyped_storage()
+    return bool(torch._C._storage_Use_Count(storage._cdata) > 2)  # type: ignore[attr-defined]  # the tensor and `storage` itself

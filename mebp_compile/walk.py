@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mebp_compile.errors import GraphError
 from mebp_compile.graph import Graph, Op
@@ -113,7 +113,7 @@ def walk(graph: Graph, plan: Plan) -> Walk:
         name: _profile([life for life in every if groups[life.storage] == name], len(steps)) for name in GROUPS[:-1]
     }
     live["parameters"] = [size + plan.problem.constant_bytes for size in live["parameters"]]
-    live["workspace"] = spare
+    live["workspace"] = [work + over for work, over in zip(spare, _overhead(every, len(steps)), strict=True)]
     total = [sum(column) for column in zip(*live.values(), strict=True)]
     if total != list(plan.report.timeline) or (times.end_us or (0,))[-1] != plan.report.time_us:
         raise GraphError("the plan's timeline or time is not what its schedule gives", "run `mebp check` on the folder, or plan again")
@@ -130,6 +130,11 @@ def _again(schedule: Schedule) -> tuple[bool, ...]:
         if isinstance(step, Run):
             ran.add(step.op)
     return tuple(result)
+
+
+def _overhead(every: Sequence[Life], steps: int) -> list[int]:
+    """Charged bytes beyond the tensors' own, at every step."""
+    return _profile([replace(life, size_bytes=life.charged_bytes - life.size_bytes) for life in every], steps)
 
 
 def _profile(some: Sequence[Life], steps: int) -> list[int]:
@@ -188,8 +193,8 @@ def layer_of(module: str) -> str:
 
 
 def common_prefix(graph: Graph) -> str:
-    """The leading path components that every op's module shares ("model.model."), for shorter labels."""
-    paths = [op.module.split(".") for op in graph.ops if op.module and layer_of(op.module) != op.module]
+    """The leading path components that all layers share ("model.model."), for shorter labels."""
+    paths = [op.module.split(".") for op in graph.ops if _LAYER.match(op.module)]
     first = layer_of(".".join(paths[0])).split(".")[:-2] if paths else []
     return ".".join(first) + "." if first and all(path[: len(first)] == first for path in paths) else ""
 

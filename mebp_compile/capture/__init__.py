@@ -1,7 +1,8 @@
 """Capture: one call of the user's training step as one fx graph, with what it relied on as guards.
 
 `capture` runs the step's Python once over fake tensors (`trace`), on the modules and optimizers that it reaches (`find`), with hyper-parameters
-kept live (`hyper`, `lost`), Python values guarded (`facts`), branches on the batch asked of the real batch (`predicates`), and refuses what would be silently wrong (`unchanged`).
+kept live (`hyper`, `lost`), Python values guarded (`facts`), branches on the batch asked of the real batch (`predicates`), and refuses what
+would be silently wrong (`unchanged`).
 """
 
 from __future__ import annotations
@@ -13,21 +14,20 @@ from typing import Any
 import torch
 
 from mebp_compile import torch_private
-from mebp_compile.capture.facts import read_facts
+from mebp_compile.capture.facts import read_facts, tensor_places
 from mebp_compile.capture.find import State, find_state
 from mebp_compile.capture.lost import lost_number, may_lose
 from mebp_compile.capture.trace import Input, Traced, initialise_optimizer, trace_step
 from mebp_compile.capture.unchanged import python_state_kept, where
 from mebp_compile.errors import CaptureError, DataDependentBranch, MebpError, UndeclaredState, Unsupported
 
-__all__ = ["Input", "State", "Traced", "capture", "find_state", "initialise_optimizer", "read_facts"]
+__all__ = ["Input", "State", "Traced", "capture", "find_state", "initialise_optimizer", "read_facts", "tensor_places"]
 
 
 def capture(step_fn: Callable[..., Any], state: State, batch: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
     """The whole step as one graph over `state` and the batch. Raises a CaptureError that names the line and the fix."""
     _check_parameters(state)
     _check_reads(step_fn, state)
-    facts = read_facts(state)
     with _fresh_optimizer_state(state):
         traced = _trace(step_fn, state, batch, kwargs, "")
         _check_constants(traced)
@@ -38,7 +38,6 @@ def capture(step_fn: Callable[..., Any], state: State, batch: tuple[Any, ...], k
                     f"a hyper-parameter of param_groups turns into a fixed number at {line}, so that a later change of it would be lost",
                     "compute with Python's own float arithmetic and `math` rather than numpy, or pass the number in the batch as a tensor",
                 )
-    traced.facts = facts
     return traced
 
 

@@ -29,7 +29,8 @@ class Contract:
 
 
 def contract_of(traced: Traced) -> Contract:
-    constants = {str(node.target): getattr(traced.module, str(node.target)) for node in traced.module.graph.nodes if node.op == "get_attr"}
+    names = [str(node.target) for node in traced.module.graph.nodes if node.op == "get_attr"]
+    constants = {name: getattr(traced.module, name) for name in names if name not in traced.held}
     return Contract(
         tuple(traced.hyper.guards.values()),
         tuple(traced.predicates),

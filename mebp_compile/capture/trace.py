@@ -15,10 +15,11 @@ import torch
 import torch.utils._pytree as pytree
 
 from mebp_compile import torch_private
+from mebp_compile.capture.facts import tensor_places
 from mebp_compile.capture.find import State
 from mebp_compile.capture.hyper import HyperTable, followed_math, live_groups, stand_in
 from mebp_compile.capture.predicates import PredicateMode
-from mebp_compile.errors import CaptureError
+from mebp_compile.errors import CaptureError, UndeclaredState
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,10 @@ class Input:
 
 @dataclass
 class Traced:
-    """The raw trace: the graph, its inputs in placeholder order, and what its outputs are, in order."""
+    """The raw trace: the graph, its inputs in placeholder order, and what its outputs are, in order.
+
+    held: for each constant of the graph that is a tensor of the user's own, the place that holds it; it is read there at each call.
+    """
 
     module: torch.fx.GraphModule
     inputs: list[Input]
@@ -44,7 +48,7 @@ class Traced:
     predicates: list[Any] = field(default_factory=list)
     cleared: tuple[str, ...] = ()
     gradients_given: tuple[str, ...] = ()
-    facts: dict[str, Any] = field(default_factory=dict)
+    held: dict[str, str] = field(default_factory=dict)
 
 
 def collect_inputs(state: State, batch: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Input]:
@@ -96,12 +100,32 @@ def trace_step(step_fn: Callable[..., Any], state: State, batch: tuple[Any, ...]
         stack.enter_context(followed_math())
         module = torch_private.make_fx(run, fakes)
     given = tuple(item.source.split(":", 1)[1] for item in inputs if item.role == "gradient")
-    return Traced(module, inputs, run.results, run.spec, run.constants, run.hypers, hyper, run.predicates, tuple(run.cleared), given)
+    held = _held_constants(module, state)
+    return Traced(module, inputs, run.results, run.spec, run.constants, run.hypers, hyper, run.predicates, tuple(run.cleared), given, held)
+
+
+def _held_constants(module: torch.fx.GraphModule, state: State) -> dict[str, str]:
+    """The place of each constant of the graph that the user's own code holds. Raises UndeclaredState where none is known for such a tensor."""
+    owners = {id(read()): name for name, read in tensor_places(state).items()}
+    held = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            constant = torch_private.constant_of(node)
+            if id(constant) in owners:
+                held[str(node.target)] = owners[id(constant)]
+            elif id(constant) in state.reach.seen:
+                raise UndeclaredState(
+                    f"a tensor of shape {tuple(constant.shape)} used at {torch_private.node_line(node)} lies too deep in the step's closure to be followed",
+                    "keep it in a variable that the step names, as a buffer of a module, or pass it in the batch",
+                )
+    return held
 
 
 def _fakes(inputs: list[Input], mode: Any) -> list[torch.Tensor]:
-    """A fake for each input; tensors that share a storage (views, ties) give fakes that share one."""
-    return [torch_private.fake_tensor(mode, item.tensor) for item in inputs]
+    """A fake for each input. State that shares a storage (views, ties) gives fakes that share one; each batch tensor has one of its own,
+    since what it shares memory with (a whole data set, the same tokens passed as labels) may differ at each call.
+    """
+    return [torch_private.dense_fake(mode, item.tensor) if item.role == "batch" else torch_private.fake_tensor(mode, item.tensor) for item in inputs]
 
 
 class _Run:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mebp_compile.capture.facts import Place, frozen, places
+from mebp_compile.capture.facts import SCALARS, Place, fact, places
 from mebp_compile.capture.find import State
 from mebp_compile.errors import ClosureChanged
 
@@ -26,7 +26,7 @@ def python_state_kept(step_fn: Callable[..., Any], state: State) -> Iterator[Non
     """Inside, run the step once; then raise ClosureChanged, with everything put back, where Python state is not what it was."""
     randoms = _random_states()
     objects = {name: (item, copy.deepcopy(_state_of(item))) for name, item in state.others.items()}
-    values = [(place, place.read(), _shallow_copy(place.read()), frozen(place.read())) for place in places(state)]
+    values = [(place, place.read(), _shallow_copy(place.read()), fact(place.read())) for place in places(state)]
     modes = {(root, path): (module, module.training) for root, top in state.modules.items() for path, module in top.named_modules()}
     torch_rng = torch.get_rng_state()
     try:
@@ -106,14 +106,13 @@ def _shallow_copy(value: Any) -> Any:
     return copy.copy(value) if isinstance(value, (list, set, dict)) else value
 
 
-def _restore_values(before: list[tuple[Place, Any, Any, Any]]) -> list[Change]:
+def _restore_values(before: list[tuple[Place, Any, Any, str]]) -> list[Change]:
     """Put back cells, globals, attributes and the content of containers; tell which had changed."""
     changed = []
-    for place, value, content, facts in before:
+    for place, value, content, text in before:
         now = place.read()
-        if now is value and frozen(now) == facts:
+        if now is value and not _content_changed(value, content):
             continue
-        same = frozen(now) == facts
         if isinstance(value, list):
             value[:] = content
         elif isinstance(value, (set, dict)):
@@ -121,9 +120,19 @@ def _restore_values(before: list[tuple[Place, Any, Any, Any]]) -> list[Change]:
             value.update(content)
         if now is not value:
             place.write(value)
-        if not same:
-            changed.append((f"changed `{place.name}`{_values(content, now)}", "keep counters and logs outside the step, using what it returns"))
+        if now is value or fact(now) != text or not isinstance(value, SCALARS):
+            name = place.name.split(": ")[-1]
+            changed.append((f"changed `{name}`{_values(value, now)}", "keep counters and logs outside the step, using what it returns"))
     return changed
+
+
+def _content_changed(value: Any, content: Any) -> bool:
+    """Whether a container holds other objects than it did."""
+    if isinstance(value, dict):
+        return list(value) != list(content) or any(value[key] is not content[key] for key in content)
+    if isinstance(value, list):
+        return len(value) != len(content) or any(left is not right for left, right in zip(value, content, strict=True))
+    return isinstance(value, set) and value != content
 
 
 def _values(old: Any, new: Any) -> str:

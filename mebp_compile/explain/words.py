@@ -13,7 +13,9 @@ USERS_SHOWN = 8
 
 
 def close_matches(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=5, cutoff=0.4) or [item for item in known if name in item][:5]
+    """A hint naming up to five of `known` that look like `name`."""
+    near = difflib.get_close_matches(name, known, n=5, cutoff=0.75) or [item for item in known if name in item][:5]
+    near = near or difflib.get_close_matches(name, known, n=5, cutoff=0.4)
     return f"one of {', '.join(near)}" if near else f"one of the {len(known)} names in the graph's listing"
 
 

@@ -14,7 +14,7 @@ from mebp_compile import graph as ir
 from mebp_compile import torch_private
 from mebp_compile.capture.hyper import stand_in
 from mebp_compile.capture.trace import Traced
-from mebp_compile.errors import GraphError
+from mebp_compile.errors import GraphError, Unsupported
 from mebp_compile.graph import Const, Graph, Op, Ref, Storage, Value
 from mebp_compile.lower.naming import Namer
 from mebp_compile.lower.order import early_updates, without_dead_ops
@@ -80,7 +80,8 @@ class _Lowering:
         """A tensor that the trace made of Python numbers: kept beside the graph, or made anew where the number is a hyper-parameter."""
         expression = self.traced.hyper.expression_of(tensor)
         if expression is None:
-            self._persistent(node, f"constant:{node.target}", "constant", tensor)
+            held = self.traced.held.get(str(node.target))
+            self._persistent(node, f"constant:{node.target}" if held is None else f"tensor:{held}", "constant", tensor)
             return
         place, name = self.places[node], self.namer.unique("hyper_tensor")
         storage, _ = self._storage(tensor, name, "activation")
@@ -170,6 +171,8 @@ class _Lowering:
         used = [self.values[value].storage for value in (*ir.refs(args), *ir.refs(tuple(arg for _, arg in kwargs)))]
         written = torch_private.written_arguments(target, fx_args, fx_kwargs)
         writes = tuple(dict.fromkeys(self.values[self.of_node[item]].storage for item in written))
+        if any(self.storages[storage].role == "batch" for storage in writes):
+            raise Unsupported(f"{target} at {torch_private.node_line(node)} writes into a tensor of the batch", "clone it first")
         outputs, creates = self._outputs(name, made)
         source = torch_private.node_line(node) if place.phase == "forward" else ""
         if not creates and not writes and target is not torch.ops.aten._local_scalar_dense.default and outputs:

@@ -35,7 +35,7 @@ class Namer:
             return self.unique(f"{short_path(rest[1])}_grad")
         if kind == "batch":
             return self.unique(f"batch_{rest[0]}")
-        return self.unique(short_path(rest[-1]))
+        return self.unique(short_path(rest[-1].strip()))
 
     def op(self, module: str, opname: str, node: Any) -> str:
         """The module's short path and the op: long enough to find the line of the model that made it."""

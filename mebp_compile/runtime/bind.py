@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,3 +108,20 @@ def _materialise(store: WeightStore, name: str, parameter: nn.Parameter) -> None
     """Fill a parameter on meta that is stored as it is."""
     if parameter.device.type == "meta":
         torch.utils.swap_tensors(parameter, nn.Parameter(store.dense(name, parameter.dtype), parameter.requires_grad))
+
+
+@contextlib.contextmanager
+def dense_weights(state: State, streamed: Streamed | None) -> Iterator[None]:
+    """Inside, streamed parameters hold their dequantised weights, so that the user's own step can run."""
+    held = []
+    for root, path, parameter in state.parameters() if streamed is not None else ():
+        name = streamed.names.get(f"parameter:{root}:{path}") if streamed is not None else None
+        if name is not None and streamed is not None:
+            dense = torch.nn.Parameter(streamed.store.dense(name, parameter.dtype), requires_grad=False)
+            torch.utils.swap_tensors(parameter, dense)
+            held.append(parameter)
+    try:
+        yield
+    finally:
+        for parameter in held:
+            become_meta(parameter)

@@ -14,6 +14,7 @@ import torch
 from mebp_compile.lower.stream import tile_size
 from mebp_compile.quant import dequantise_columns, dequantise_into, dequantise_rows
 from mebp_compile.runtime.activations import ActivationStore
+from mebp_compile.runtime.homes import ProgramHomes
 from mebp_compile.runtime.state import Getter, LiveState
 from mebp_compile.runtime.streams import WeightStream
 
@@ -30,12 +31,15 @@ class Engine:
         arena_bytes: int,
         activations: ActivationStore | None = None,
         weights: WeightStream | None = None,
+        homes: ProgramHomes | None = None,
     ) -> None:
         self.live = live
         self.getters: dict[str, Getter] = {name: live.getter(source) for name, source in sources.items()}
         self.arena = _arena(arena_bytes)
         self.activations = activations
         self.weights = weights
+        self.homes = homes
+        self.committed = False
         self.on_view: Callable[[torch.Tensor], None] | None = None  # a meter that is told of every view of the arena
         self._typed: dict[torch.dtype, torch.Tensor] = {}
         self._views: dict[tuple[Any, ...], torch.Tensor] = {}
@@ -46,9 +50,26 @@ class Engine:
 
     def begin(self) -> None:
         """Before each step: forget what the last one left."""
+        self.committed = False
         self._rng.clear()
         self._reading.clear()
         self._hypers.clear()
+
+    def arrange(self) -> None:
+        """Before a step: every persistent tensor is at home."""
+        if self.homes is not None:
+            self.homes.arrange()
+
+    def commit(self) -> None:
+        """After a step: what it wrote to homes on disk is what they hold from now on."""
+        if self.homes is not None:
+            self.homes.homes.store.commit()
+        self.committed = True
+
+    def abandon(self) -> None:
+        """After a failed step: homes on disk hold what they held before it."""
+        if self.homes is not None:
+            self.homes.homes.abandon()
 
     # --- memory ---
 
@@ -96,32 +117,39 @@ class Engine:
         return self._hypers[expression]
 
     def release(self, name: str) -> None:
-        """The memory copy of a storage that lives on disk is no longer needed."""
+        """A persistent storage leaves memory, for good or until it is read again."""
+        for keeper in (self.homes, self.weights):
+            if keeper is not None:
+                keeper.release(name)
 
     # --- transfers ---
 
     def offload(self, name: str, tensor: torch.Tensor) -> None:
-        """Start writing a tensor's storage to its slot on disk; it must stay as it is until `wait`."""
-        assert self.activations is not None
-        self.activations.offload(name, tensor)
+        """Start writing a tensor's storage to its place on disk; it must stay as it is until `wait`."""
+        self._carrier(name).offload(name, tensor)
 
     def prefetch(self, name: str, buffer: torch.Tensor) -> None:
         """Start reading a storage from disk into a buffer, which is not to be touched until `wait`."""
         self._reading[name] = buffer
-        if self.weights is not None and name in self.weights:
-            self.weights.prefetch(name, buffer)
-        else:
-            assert self.activations is not None
-            self.activations.prefetch(name, buffer)
+        self._carrier(name).prefetch(name, buffer)
 
     def wait(self, name: str) -> torch.Tensor | None:
         """Complete the transfer of a storage; gives the tensor that was read, if it was a read."""
+        self._carrier(name).wait(name)
+        tensor = self._reading.pop(name, None)
+        for keeper in (self.homes, self.weights):
+            if keeper is not None and tensor is not None:
+                keeper.adopt(name, tensor)
+        return tensor
+
+    def _carrier(self, name: str) -> ProgramHomes | WeightStream | ActivationStore:
+        """Who moves this storage: its home on disk, the weight store, or the scratch file of the step."""
+        if self.homes is not None and name in self.homes:
+            return self.homes
         if self.weights is not None and name in self.weights:
-            self.weights.wait(name)
-        else:
-            assert self.activations is not None
-            self.activations.wait(name)
-        return self._reading.pop(name, None)
+            return self.weights
+        assert self.activations is not None, f"{name} has no place on disk"
+        return self.activations
 
     # --- random numbers ---
 

@@ -12,27 +12,29 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
-from mebp_compile.capture import State
+from mebp_compile.capture import State, read_facts
 from mebp_compile.capture.contract import Contract
 
 
 def signature(state: State, batch: Any, ignore_gradients: frozenset[str] = frozenset()) -> tuple[Any, ...]:
-    """Hashable facts that decide which program applies: batch, parameters, train flags, optimizer state, gradients, threads."""
+    """Hashable facts that decide which program applies: batch, Python values, parameters, train flags, optimizer state, gradients, threads."""
     leaves, spec = pytree.tree_flatten(batch)
     return (
         str(spec),
         tuple(_leaf(leaf) for leaf in leaves),
+        read_facts(state),
         tuple(module.training for top in state.modules.values() for module in top.modules()),
         tuple(_parameter(root, path, parameter, ignore_gradients) for root, path, parameter in state.parameters()),
+        tuple((tuple(buffer.shape), buffer.stride(), buffer.dtype) for top in state.modules.values() for buffer in top.buffers()),
         tuple(_optimizer(optimizer) for optimizer in state.optimizers.values()),
-        torch.get_num_threads(),
+        (torch.get_num_threads(), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), torch.is_autocast_enabled("cpu")),
     )
 
 
 def _leaf(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
         return (tuple(leaf.shape), tuple(leaf.stride()), leaf.dtype, leaf.requires_grad)
-    return leaf if isinstance(leaf, (int, float, str, bool, type(None))) else repr(leaf)
+    return (type(leaf).__qualname__, repr(leaf))  # True, 1 and 1.0 are equal, and so are 0.0 and -0.0
 
 
 def _parameter(root: str, path: str, parameter: torch.Tensor, ignore: frozenset[str]) -> Any:

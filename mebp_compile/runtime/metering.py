@@ -45,7 +45,7 @@ class ProcessReading:
 
 def meter_storages(program: Program, leaves: list[Any]) -> TensorReading:
     """Run one step and count its storages."""
-    _drop_old_gradients(program)
+    program.arrange()
     with StorageMeter() as meter:
         meter.watch(*kept_tensors(program, leaves))
         kept_bytes = meter.reset_peak()
@@ -59,7 +59,7 @@ def meter_storages(program: Program, leaves: list[Any]) -> TensorReading:
 
 def meter_process(program: Program, leaves: list[Any]) -> ProcessReading:
     """Run one step and measure malloc's peak and RssAnon's."""
-    _drop_old_gradients(program)
+    program.arrange()
     kept_bytes = kept_storage_bytes(program, leaves) + program.engine.arena.nbytes
     malloc = MallocMeter() if MallocMeter.available() else None
     with PeakRss() as peak:
@@ -86,8 +86,3 @@ def kept_storage_bytes(program: Program, leaves: list[Any]) -> int:
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept_tensors(program, leaves)}
     return sum(storages.values())
 
-
-def _drop_old_gradients(program: Program) -> None:
-    """As the step itself does first."""
-    for name in program.contract.cleared:
-        program.engine.live.parameters[name].grad = None

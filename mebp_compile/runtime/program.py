@@ -35,17 +35,29 @@ class Program:
     def applies(self, leaves: list[Any]) -> bool:
         return holds(self.contract, self.engine.live.hyper, batch_tensors(leaves))
 
+    def arrange(self) -> None:
+        """Before a step, which then finds in memory and on disk what it expects there. A failure here changes no value."""
+        self._clear_gradients()
+        self.engine.arrange()
+
+    def materialise(self) -> None:
+        """Everything that lies on disk comes into memory, until the next `arrange`."""
+        if self.engine.homes is not None:
+            self.engine.homes.homes.materialise()
+
+    @property
+    def restorable(self) -> bool:
+        """Whether a failed step leaves nothing changed: all that the program updates lies on disk, where the old generation is intact."""
+        return self.engine.homes is not None and self.engine.homes.restorable and not self.engine.committed
+
     def run(self, leaves: list[Any]) -> Any:
-        """One step: run the function, bind what outlives it, give back what the user's step returns."""
+        """One step, after `arrange`: run the function, bind what outlives it, give back what the user's step returns."""
         given = batch_tensors(leaves)
         names = [self.graph.storages[self.graph.storage_of(name)] for name in self.graph.inputs]
         batch = [given[storage.source] for storage in names if storage.role == "batch"]
         live = self.engine.live
-        for name in self.contract.cleared:
-            live.parameters[name].grad = None
-        self.engine.begin()
-        with torch.no_grad():
-            made = self.function(self.engine, *batch)
+        self._clear_gradients()
+        made = self._made(batch)
         returned: dict[int, Any] = {}
         kept: set[str] = set()
         for (path, _), value in zip(self.graph.results, made, strict=True):
@@ -59,6 +71,23 @@ class Program:
         returned |= {index: live.hyper(expression) for index, expression in self.contract.return_hypers.items()}
         flat = [returned[index] for index in range(self.contract.return_spec.num_leaves)]
         return pytree.tree_unflatten(flat, self.contract.return_spec)
+
+    def _clear_gradients(self) -> None:
+        """The step would drop these before anything else."""
+        for name in self.contract.cleared:
+            self.engine.live.parameters[name].grad = None
+
+    def _made(self, batch: list[torch.Tensor]) -> tuple[Any, ...]:
+        """What the function returns; homes on disk change all together at its end, or not at all."""
+        self.engine.begin()
+        try:
+            with torch.no_grad():
+                made = self.function(self.engine, *batch)
+        except BaseException:
+            self.engine.abandon()
+            raise
+        self.engine.commit()
+        return made
 
     def _drop_gradients(self, kept: set[str]) -> None:
         """A parameter whose gradient the step took away (zero_grad at its end) has none afterwards."""

@@ -8,25 +8,45 @@ import solvers
 from mebp_compile.capture import State
 from mebp_compile.capture.contract import Contract
 from mebp_compile.config import Options
-from mebp_compile.graph import Graph
+from mebp_compile.graph import PERSISTENT, Graph
 from mebp_compile.measure.transfer import DiskThread
 from mebp_compile.plan import Plan
 from mebp_compile.runtime.activations import ActivationStore, Slot
 from mebp_compile.runtime.bind import Streamed
 from mebp_compile.runtime.engine import Engine
+from mebp_compile.runtime.homes import Homes, ProgramHomes, Room
 from mebp_compile.runtime.state import LiveState
 from mebp_compile.runtime.streams import WeightStream
 
 SLOT_ALIGN = 4096
 
 
-def make_engine(graph: Graph, plan: Plan, state: State, contract: Contract, options: Options, streamed: Streamed | None = None) -> Engine:
+def make_engine(
+    graph: Graph, plan: Plan, state: State, contract: Contract, options: Options, streamed: Streamed | None = None, homes: Homes | None = None
+) -> Engine:
     """An engine with everything that the program's verbs need, and nothing more."""
     live = LiveState(state, contract.constants)
     sources = {storage.name: storage.source for storage in graph.storages if storage.source and storage.role not in ("batch", "hyper", "weight")}
-    thread = DiskThread()
+    thread = DiskThread() if homes is None else homes.thread
     weights = _weights(graph, plan, streamed, thread) if streamed is not None else None
-    return Engine(live, sources, plan.placement.arena_bytes, _activations(graph, plan, options, thread), weights)
+    own = _homes(graph, plan, homes) if homes is not None else None
+    return Engine(live, sources, plan.placement.arena_bytes, _activations(graph, plan, options, thread), weights, own)
+
+
+def _homes(graph: Graph, plan: Plan, homes: Homes) -> ProgramHomes:
+    """What the plan keeps on disk and what it may move in mid-step; room on disk is made now, so that no step finds the disk full."""
+    away, resident, rooms = {}, {}, {}
+    written = {storage for op in graph.ops for storage in op.writes if graph.storages[storage].role in PERSISTENT}
+    for index, storage in enumerate(graph.storages):
+        if storage.role not in ("parameter", "optimizer") or not plan.problem.storages[index].movable:
+            continue
+        if index in plan.schedule.resident:
+            resident[storage.name] = storage.source
+        else:
+            away[storage.name] = storage.source
+            rooms[storage.source] = Room(storage.size_bytes, 2 if index in written else 1)
+    homes.store.reserve(rooms)
+    return ProgramHomes(homes, away, resident, all(graph.storages[index].name in away for index in written))
 
 
 def _weights(graph: Graph, plan: Plan, streamed: Streamed, thread: DiskThread) -> WeightStream:
@@ -46,7 +66,9 @@ def _weights(graph: Graph, plan: Plan, streamed: Streamed, thread: DiskThread) -
 
 def _activations(graph: Graph, plan: Plan, options: Options, thread: DiskThread) -> ActivationStore | None:
     """The scratch file with a slot for each storage that the schedule offloads, or None where it offloads nothing."""
-    moved = dict.fromkeys(step.storage for step in plan.schedule.steps if isinstance(step, solvers.Offload))
+    resident = plan.schedule.resident
+    offloaded = dict.fromkeys(step.storage for step in plan.schedule.steps if isinstance(step, solvers.Offload))
+    moved = [index for index in offloaded if graph.storages[index].role not in PERSISTENT or (index in resident and graph.storages[index].role != "weight")]
     if not moved or options.offload_dir is None:
         return None
     slots, offset = {}, 0

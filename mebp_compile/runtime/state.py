@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mebp_compile.capture.find import State
+from mebp_compile.capture import State, tensor_places
 from mebp_compile.errors import GraphError
 
 HYPER_NAMES = {"abs": abs, "bool": bool, "float": float, "int": int, "round": round}
@@ -44,6 +44,8 @@ class LiveState:
             root, index, key = rest.split(":")
             group = self.state.optimizers[root].param_groups[int(index)]
             return lambda: group[key]  # type: ignore[no-any-return]
+        if kind == "tensor":
+            return tensor_places(self.state)[rest]
         if kind == "constant":
             constant = self.constants[rest]
             return lambda: constant

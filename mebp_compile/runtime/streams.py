@@ -23,6 +23,7 @@ class WeightStream:
     ) -> None:
         self.store, self.weights, self.records, self.thread = store, dict(weights), dict(records), thread
         self._pending: dict[str, Ticket] = {}
+        self.at_home = resident
         self.resident = {name: self._load(name) for name in sorted(resident)}
 
     def __contains__(self, name: str) -> bool:
@@ -36,13 +37,27 @@ class WeightStream:
         self.store.read_into(self._entry(name), buffer)
         return buffer
 
+    def offload(self, name: str, buffer: torch.Tensor) -> None:
+        """The store has the record already: nothing is written."""
+
+    def release(self, name: str) -> None:
+        """The record leaves memory, perhaps for a while only."""
+        self.resident.pop(name, None)
+
+    def adopt(self, name: str, buffer: torch.Tensor) -> None:
+        """A record whose home is memory is back."""
+        if name in self.at_home:
+            self.resident[name] = buffer
+
     def prefetch(self, name: str, buffer: torch.Tensor) -> None:
         """Start reading a record into a buffer of its size."""
         entry = self._entry(name)
         self._pending[name] = self.thread.submit(lambda: self.store.read_into(entry, buffer), buffer.nbytes)
 
     def wait(self, name: str) -> None:
-        self._pending.pop(name).wait()
+        ticket = self._pending.pop(name, None)
+        if ticket is not None:
+            ticket.wait()
 
     def packed(self, name: str, buffer: torch.Tensor) -> Packed:
         """The codes and scales of weight `name` inside its record."""

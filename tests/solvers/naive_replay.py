@@ -29,42 +29,40 @@ class Log:
 
     def __init__(self, problem: Problem, schedule: Schedule) -> None:
         self.problem, self.resident, self.past = problem, schedule.resident, list[Step]()
+        self.known: dict[tuple[int, int], int | None] = {}
 
     def at_home(self, s: int) -> bool:
         info = self.problem.storages[s]
         return info.persistent and (not info.movable or s in self.resident)
 
-    def memory(self, s: int) -> int | None:
-        """Version in memory, or None."""
-        version = 0 if self.at_home(s) else None
-        for k, step in enumerate(self.past):
-            if isinstance(step, Run):
-                op = self.problem.ops[step.op]
-                if s in op.creates and version is None:
-                    version = 1
-                elif s in op.writes and version is not None:
-                    version += 1
-            elif step == Free(s):
-                version = None
-            elif step == Prefetch(s):
-                version = self.disk(s, k)
-        return version
+    def memory(self, s: int, until: int | None = None) -> int | None:
+        """Version in memory after the first `until` steps (None: all), or None. Looks one step back at a time."""
+        until = len(self.past) if until is None else until
+        if (s, until) not in self.known:
+            self.known[s, until] = self._memory(s, until)
+        return self.known[s, until]
+
+    def _memory(self, s: int, until: int) -> int | None:
+        if until == 0:
+            return 0 if self.at_home(s) else None
+        step, before = self.past[until - 1], self.memory(s, until - 1)
+        if step == Free(s):
+            return None
+        if step == Prefetch(s):
+            return self.disk(s, until - 1)
+        if isinstance(step, Run) and before is None:
+            return 1 if s in self.problem.ops[step.op].creates else None
+        if isinstance(step, Run) and before is not None:
+            return before + (s in self.problem.ops[step.op].writes)
+        return before
 
     def disk(self, s: int, until: int) -> int | None:
-        """Version on disk after the first `until` steps, or None."""
-        info, pending = self.problem.storages[s], False
-        version = 0 if info.persistent and not self.at_home(s) else None
-        for k, step in enumerate(self.past[:until]):
-            if step == Offload(s):
-                version, pending = None, True
-            elif step == Wait(s) and pending:
-                version, pending = Log._cut(self, k).memory(s), False
-        return version
-
-    def _cut(self, until: int) -> Log:
-        log = Log(self.problem, Schedule((), self.resident))
-        log.past = self.past[:until]
-        return log
+        """Version on disk after the first `until` steps, or None: decided by the last write to disk that began."""
+        began = [k for k in range(until) if self.past[k] == Offload(s)]
+        if not began:
+            return 0 if self.problem.storages[s].persistent and not self.at_home(s) else None
+        done = [k for k in range(began[-1], until) if self.past[k] == Wait(s)]
+        return self.memory(s, done[0]) if done else None
 
     def pending(self, s: int) -> Step | None:
         """The transfer of the storage that nobody has waited for."""

@@ -4,7 +4,7 @@ import random
 from functools import cache
 
 import pytest
-from generators import layered, small, transformer
+from generators import layered, small
 from mutations import KINDS, Base, shuffled
 from naive_replay import Broken, naive_replay
 
@@ -14,15 +14,14 @@ from solvers.schedule import Free, Offload, Prefetch, Run, Schedule, Wait
 from solvers.solve import Infeasible, smallest, solve
 
 PER_KIND = 200
-SHUFFLED = 5000
+SHUFFLED = 6000
 
 
 @cache
 def bases() -> tuple[Base, ...]:
     """Valid schedules with recompute, both directions of transfers, in-place writes and choices."""
     result = []
-    problems = [small(seed) for seed in range(60)] + [layered(seed, 24) for seed in range(4)]
-    problems += [transformer(2, 16, 8, splits=1)]
+    problems = [small(seed) for seed in range(300)] + [layered(1, 16)]
     for problem in problems:
         try:
             result.append(Base(problem, solve(problem, "fast").schedule))
@@ -34,10 +33,10 @@ def bases() -> tuple[Base, ...]:
 
 @pytest.mark.parametrize("rule", KINDS)
 def test_named_mutations_are_rejected_under_their_name(rule: str) -> None:
-    """200 mutants of each kind are rejected, each under the name of the rule it breaks."""
+    """Up to 200 mutants of each kind are rejected, each under the name of the rule it breaks."""
     draw = random.Random(rule)
     mutants = [mutant for base in bases() for mutant in KINDS[rule](base)]
-    assert len(mutants) >= (PER_KIND if rule not in ("rng-order", "missing-op", "over-budget") else 10)
+    assert len(mutants) >= (10 if rule == "rng-order" else PER_KIND)
     for problem, schedule in draw.sample(mutants, min(len(mutants), PER_KIND)):
         with pytest.raises(ScheduleError) as caught:
             replay(problem, schedule, enforce_budget=rule == "over-budget")
@@ -45,7 +44,7 @@ def test_named_mutations_are_rejected_under_their_name(rule: str) -> None:
 
 
 def test_random_mutations_agree_with_the_naive_replay() -> None:
-    """5,000 random edits: both replays accept or both reject, and agree on peak and time."""
+    """6,000 random edits: both replays accept or both reject, and agree on peak and time."""
     draw = random.Random(1)
     short = [base for base in bases() if len(base.steps) < 60]
     valid = 0

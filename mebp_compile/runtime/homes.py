@@ -1,0 +1,329 @@
+"""Homes on disk: parameters and optimizer state that lie in a scratch file between steps, while the user's objects keep their identity.
+
+    HomeStore      bytes: two slots a storage; a step writes the one that is not current, `commit` makes all of them current at once
+    Homes          the user's objects: what lies on disk is a meta tensor in them, with shape, hooks and identity as they were
+    ProgramHomes   the names and wishes of one program; its `arrange` moves what another program keeps elsewhere
+
+A failed step is abandoned: the generation that was current before it stays readable. The files have no name and vanish with the process:
+this is memory, not a checkpoint. Call `materialise` before the compiled step goes, or what lies on disk goes with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mebp_compile import torch_private
+from mebp_compile.capture import State
+from mebp_compile.errors import DiskError, MebpError
+from mebp_compile.measure.transfer import DiskThread
+from mebp_compile.runtime.activations import ActivationStore, Slot
+
+SLOT_ALIGN = 4096
+PLACE_FIX = "call materialise() on the compiled step before you replace or reinitialise parameters and optimizer state"
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a storage needs on disk: its size, and two copies where steps write it (one where they only read it)."""
+
+    size_bytes: int
+    copies: int
+
+
+@dataclass
+class _Home:
+    """The slots of a storage; `current` is the one that the last commit left, None before the first."""
+
+    size_bytes: int
+    slots: list[tuple[ActivationStore, str]] = field(default_factory=list)
+    current: int | None = None
+
+
+class HomeStore:
+    """Storages by name in nameless, preallocated files of `directory`. Not thread-safe; transfers go through `thread`."""
+
+    def __init__(self, directory: Path, thread: DiskThread) -> None:
+        self.directory, self.thread = directory, thread
+        self._homes: dict[str, _Home] = {}
+        self._fresh: dict[str, int] = {}  # storage -> slot that this step has written
+        self._pending: dict[str, tuple[ActivationStore, str]] = {}
+
+    def reserve(self, rooms: Mapping[str, Room]) -> None:
+        """Make room on disk, now, for what has none yet. Raises DiskError where the disk is full or is memory."""
+        wanted: dict[str, Slot] = {}
+        places: list[tuple[str, str]] = []
+        offset = 0
+        for name, room in rooms.items():
+            known = self._homes.get(name)
+            have = len(known.slots) if known is not None and known.size_bytes == room.size_bytes else 0
+            for copy in range(have, room.copies):
+                wanted[f"{name}#{copy}"] = Slot(offset, room.size_bytes)
+                places.append((name, f"{name}#{copy}"))
+                offset += -(-room.size_bytes // SLOT_ALIGN) * SLOT_ALIGN
+        if not wanted:
+            return
+        file = ActivationStore(self.directory, offset, wanted, self.thread)
+        for name, slot in places:
+            if name not in self._homes or self._homes[name].size_bytes != rooms[name].size_bytes:
+                self._homes[name] = _Home(rooms[name].size_bytes)
+            self._homes[name].slots.append((file, slot))
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Begin to write the next generation of a storage. The tensor must stay as it is until `wait`."""
+        home = self._homes[name]
+        after = 0 if home.current is None else (home.current + 1) % len(home.slots)
+        target = self._fresh.get(name, after)
+        if target == home.current:
+            home.current = None  # a single slot: what it held is gone
+        file, slot = home.slots[target]
+        file.offload(slot, tensor)
+        self._fresh[name] = target
+        self._pending[name] = (file, slot)
+
+    def read(self, name: str, buffer: torch.Tensor) -> None:
+        """Begin to read what was last written in this step, else the committed generation."""
+        home = self._homes.get(name)
+        index = self._fresh.get(name, home.current) if home is not None else None
+        if home is None or index is None:
+            raise DiskError(f"{name} was never written to disk", "a bug in this package: report the step")
+        file, slot = home.slots[index]
+        file.prefetch(slot, buffer)
+        self._pending[name] = (file, slot)
+
+    def wait(self, name: str) -> None:
+        """Complete the transfer of a storage; raises DiskError if it failed."""
+        file, slot = self._pending.pop(name)
+        file.wait(slot)
+
+    def commit(self) -> None:
+        """Everything written since the last commit becomes current, at once. No transfer may be under way."""
+        for name, index in self._fresh.items():
+            self._homes[name].current = index
+        self._fresh = {}
+
+    def abandon(self) -> None:
+        """Let transfers end and forget what was written since the last commit."""
+        for name in tuple(self._pending):
+            with contextlib.suppress(MebpError):
+                self.wait(name)
+        self._fresh = {}
+
+
+@dataclass(frozen=True)
+class _Parked:
+    """A tensor of the user's that is meta now, and the shell that keeps its inner self (hooks, autograd) without memory."""
+
+    owner: torch.Tensor
+    shell: torch.Tensor
+
+
+class Homes:
+    """Which tensors of the user's modules and optimizers lie on disk. One for all programs of a compiled step."""
+
+    def __init__(self, state: State, directory: Path) -> None:
+        self.state = state
+        self.thread = DiskThread()
+        self.store = HomeStore(directory, self.thread)
+        self._parked: dict[str, _Parked] = {}  # on disk, by source
+        self._out: dict[str, _Parked] = {}  # at home in memory, but out of it for a part of the running step
+
+    @property
+    def away(self) -> frozenset[str]:
+        """Sources of what lies on disk now."""
+        return frozenset(self._parked)
+
+    def arrange(self, away: frozenset[str]) -> None:
+        """Put exactly the sources `away` on disk and everything else in memory; what leaves goes first. Runs between steps.
+
+        Raises MebpError, with everything either here or there, where a tensor can't leave.
+        """
+        found = _tensors(self.state)
+        for source, parked in list(self._parked.items()):
+            if found.get(source) is not parked.owner or parked.owner.device.type != "meta":
+                del self._parked[source]  # the user put another tensor there, which counts
+        for source in sorted(away - self._parked.keys()):
+            self._leave(source, found.get(source))
+        for source in sorted(self._parked.keys() - away):
+            self._return(source)
+
+    def materialise(self) -> None:
+        """Bring everything back into memory."""
+        self.arrange(frozenset())
+
+    def load(self, source: str) -> torch.Tensor:
+        """A copy of what lies on disk: the last committed generation."""
+        owner = self._parked[source].owner
+        buffer = torch.empty_strided(owner.shape, owner.stride(), dtype=owner.dtype)
+        self.store.read(source, buffer)
+        self.store.wait(source)
+        return buffer
+
+    def loaders(self) -> dict[int, Callable[[], torch.Tensor]]:
+        """For every object whose value lies on disk, by id: what reads a copy of it."""
+        return {id(parked.owner): functools.partial(self.load, source) for source, parked in self._parked.items()}
+
+    # --- one tensor ---
+
+    def _leave(self, source: str, tensor: torch.Tensor | None) -> None:
+        """Write a tensor to disk, then give up its memory."""
+        _check_can_leave(source, tensor)
+        assert tensor is not None
+        try:
+            self.store.write(source, tensor.detach())
+            self.store.wait(source)
+        except BaseException:
+            self.store.abandon()
+            raise
+        self.store.commit()
+        self._parked[source] = _park(tensor)
+
+    def _return(self, source: str) -> None:
+        """Read a tensor back into memory."""
+        buffer = self.load(source)
+        _unpark(self._parked.pop(source), buffer)
+
+    def release(self, source: str) -> None:
+        """In a step: a tensor at home in memory leaves it for a while (its bytes are in the step's own scratch file)."""
+        tensor = _tensors(self.state)[source]
+        self._out[source] = _park(tensor)
+
+    def adopt(self, source: str, buffer: torch.Tensor) -> None:
+        """In a step: the tensor is back, in `buffer`, which becomes its memory."""
+        _unpark(self._out.pop(source), buffer)
+
+    def abandon(self) -> None:
+        """After a failed step. What was out of memory has lost its value: it gets zeros, so that a checkpoint can be loaded over it."""
+        self.store.abandon()
+        for source in tuple(self._out):
+            owner = self._out[source].owner
+            self.adopt(source, torch.empty_strided(owner.shape, owner.stride(), dtype=owner.dtype).zero_())
+
+
+@dataclass(frozen=True)
+class ProgramHomes:
+    """The homes of one program: storage name in the program -> source.
+
+    away: at home on disk. resident: at home in memory, movable in mid-step. restorable: the program writes nothing else that outlives it,
+    so that a failed step has changed nothing once it is abandoned.
+    """
+
+    homes: Homes
+    away: Mapping[str, str]
+    resident: Mapping[str, str]
+    restorable: bool
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.away
+
+    def arrange(self) -> None:
+        """Before a step."""
+        self.homes.arrange(frozenset(self.away.values()))
+
+    def offload(self, name: str, tensor: torch.Tensor) -> None:
+        self.homes.store.write(self.away[name], tensor)
+
+    def prefetch(self, name: str, buffer: torch.Tensor) -> None:
+        self.homes.store.read(self.away[name], buffer)
+
+    def wait(self, name: str) -> None:
+        self.homes.store.wait(self.away[name])
+
+    def release(self, name: str) -> None:
+        """A resident tensor leaves memory in mid-step; the memory of one whose home is the disk is the program's own."""
+        if name in self.resident:
+            self.homes.release(self.resident[name])
+
+    def adopt(self, name: str, buffer: torch.Tensor) -> None:
+        """What was read becomes the user's tensor again, if its home is memory."""
+        if name in self.resident:
+            self.homes.adopt(self.resident[name], buffer)
+
+
+def _tensors(state: State) -> dict[str, torch.Tensor]:
+    """Every parameter and entry of optimizer state by its source, as the user's objects hold them now."""
+    found: dict[str, torch.Tensor] = {f"parameter:{root}:{path}": parameter for root, path, parameter in state.parameters()}
+    names = {id(parameter): f"{root}:{path}" for root, path, parameter in state.parameters()}
+    for root, optimizer in state.optimizers.items():
+        found.update(_entries(root, optimizer, names))
+    return found
+
+
+def _entries(root: str, optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> Iterator[tuple[str, torch.Tensor]]:
+    for parameter, entries in optimizer.state.items():
+        for key, value in entries.items():
+            if isinstance(value, torch.Tensor) and id(parameter) in names:
+                yield f"optimizer:{root}:{names[id(parameter)]}:{key}", value
+
+
+def _check_can_leave(source: str, tensor: torch.Tensor | None) -> None:
+    """Raise MebpError where giving up the tensor's memory would lose something."""
+    where = source.replace(":", " ", 1)
+    if tensor is None:
+        raise MebpError(f"{where} is gone", PLACE_FIX)
+    if tensor.device.type == "meta":
+        raise MebpError(f"{where} is on meta and its value is nowhere", PLACE_FIX)
+    if tensor.grad is not None or not tensor.is_leaf:
+        raise MebpError(f"{where} has a gradient, which keeps it in memory", "set its .grad to None before the step")
+    if torch_private.memory_is_shared(tensor):
+        raise MebpError(
+            f"{where} can't leave memory: another tensor shares it", "drop views such as parameter.data[...], or leave `offload` out"
+        )
+
+
+def _park(tensor: torch.Tensor) -> _Parked:
+    """The object becomes meta and gives up its memory; the shell keeps the rest of it."""
+    shell = torch.empty_like(tensor, device="meta").requires_grad_(tensor.requires_grad)
+    torch_private.exchange(tensor, shell)
+    shell.data = torch.empty(0, dtype=shell.dtype)
+    return _Parked(tensor, shell)
+
+
+def _unpark(parked: _Parked, buffer: torch.Tensor) -> None:
+    """The object is itself again, its memory being that of `buffer`."""
+    parked.shell.data = buffer
+    parked.shell.requires_grad_(parked.owner.requires_grad)
+    torch_private.exchange(parked.owner, parked.shell)
+
+
+# --- all state, wherever it lies ---
+
+
+def state_dict(state: State, homes: Homes | None) -> dict[str, Any]:
+    """Copies of all state: the `state_dict()` of each module and optimizer, with what lies on disk read from there.
+
+    Keys are "model" and "optimizer" where the step has one module and one optimizer, else the names that the step has for them.
+    Tensors without a value here (streamed weights, which their store keeps) are left out; ties stay ties.
+    """
+    loaders = homes.loaders() if homes is not None else {}
+    copies: dict[int, torch.Tensor] = {}
+    result: dict[str, Any] = {}
+    for root, module in state.modules.items():
+        result["model" if len(state.modules) == 1 else root] = _copied(module.state_dict(keep_vars=True), loaders, copies)
+    for root, optimizer in state.optimizers.items():
+        plain = optimizer.state_dict()
+        plain["state"] = {key: _copied(dict(entries), loaders, copies) for key, entries in plain["state"].items()}
+        result["optimizer" if len(state.optimizers) == 1 else root] = plain
+    return result
+
+
+def _copied(entries: Any, loaders: Mapping[int, Callable[[], torch.Tensor]], copies: dict[int, torch.Tensor]) -> Any:
+    """The dict with its tensors replaced by copies, in place; those without a value are removed. `copies`: made so far, by the object's id."""
+    for key, value in list(entries.items()):
+        if not isinstance(value, torch.Tensor):
+            continue
+        if id(value) not in copies and id(value) in loaders:
+            copies[id(value)] = loaders[id(value)]()
+        elif id(value) not in copies and value.device.type != "meta":
+            copies[id(value)] = value.detach().clone()
+        if id(value) in copies:
+            entries[key] = copies[id(value)]
+        else:
+            del entries[key]
+    return entries

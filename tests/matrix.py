@@ -1,0 +1,194 @@
+"""The matrix of laws 1 and 2: a family with an optimizer, trained under budgets from the smallest that works to keep-all, in a child of its own.
+
+`run_row` is called in a child that has the malloc meter preloaded. It captures the step once, and for each budget makes a fresh training, plans, and
+runs CALLS steps: plain ones, one under the storage meter and one under the malloc meter, each compared in raw bytes with the eager training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from law1 import assert_same, describe, raw, snapshot
+from models import Recipe, Training
+
+import solvers
+from mebp_compile import codegen
+from mebp_compile.capture import find_state, initialise_optimizer
+from mebp_compile.compiler import CompiledStep, build
+from mebp_compile.config import Options
+from mebp_compile.measure.child import run_child
+from mebp_compile.plan import make_plan
+from mebp_compile.runtime.metering import meter_process, meter_storages
+
+FRACTIONS = (0.0, 0.2, 0.55, 1.0)  # of the way from the smallest budget found to keep-all
+OPTIMIZERS = ("adamw", "sgd-momentum", "adamw-foreach")
+PLAIN, STORAGES, PROCESS = "plain", "storages", "process"
+CALLS = (PLAIN, STORAGES, PLAIN, PROCESS)
+LARGE = 1 << 50
+
+# Large enough that kilobytes of bookkeeping do not decide, small enough for seconds on two cores.
+RECIPES = {
+    "qwen2": Recipe("qwen2", sequence=64, config=(("hidden_size", 128), ("intermediate_size", 256), ("vocab_size", 512)), lora="float32"),
+    "llama": Recipe("llama", sequence=64, config=(("hidden_size", 128), ("intermediate_size", 256), ("vocab_size", 512))),
+    "gemma3": Recipe("gemma3", sequence=64, config=(("hidden_size", 128), ("intermediate_size", 256), ("vocab_size", 512))),
+    "gpt2": Recipe("gpt2", sequence=64, batch_size=8, mask=None, dropout=0.1),
+    "vit": Recipe("vit", batch_size=32, dropout=0.1),
+    "resnet": Recipe("resnet", batch_size=32),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What was promised and measured for one family, optimizer and budget. Bytes; predicted time in microseconds."""
+
+    family: str
+    optimizer: str
+    budget_bytes: int
+    tensor_bytes: int
+    measured_tensor_bytes: int
+    peak_bytes: int
+    malloc_bytes: int
+    anon_bytes: int
+    arena_bytes: int
+    recomputes: int
+    offloads: int
+    time_us: int
+
+
+def row(family: str, optimizer: str, folder: Path, fractions: tuple[float, ...] = FRACTIONS) -> tuple[dict[str, Any], list[Cell]]:
+    """Facts about the refusal below the smallest budget, and one Cell per fraction, smallest budget first."""
+    request = {"family": family, "optimizer": optimizer, "folder": str(folder), "fractions": list(fractions)}
+    answer = run_child("matrix", "run_row", request, preload_malloc=True)
+    return answer["refusal"], [Cell(**cell) for cell in answer["cells"]]
+
+
+def run_row(request: dict[str, Any]) -> dict[str, Any]:
+    """In the child: capture once, then every budget."""
+    recipe = RECIPES[request["family"]].but(optimizer=request["optimizer"])
+    folder = Path(request["folder"])
+    shared = Shared(folder)
+    problem = shared.first_problem(recipe)
+    refusal = refusal_below(shared, problem)
+    smallest, largest = refusal["smallest_bytes"], keep_all_bytes(problem)
+    eager = eager_calls(recipe)
+    cells = []
+    hints: tuple[solvers.Schedule, ...] = ()
+    for fraction in request["fractions"]:
+        step, cell = run_cell(recipe, shared, int(smallest + (largest - smallest) * fraction), eager, hints)
+        hints = (*hints, step.plan.schedule)
+        cells.append(asdict(cell))
+    return {"refusal": refusal, "cells": cells}
+
+
+class Shared:
+    """Captures by guards' signature, shared by the trainings of one row: only budgets differ between them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.captured: dict[Any, Any] = {}
+
+    def options(self, budget_bytes: int) -> Options:
+        return Options(budget_bytes, self.folder, effort="fast", cache=False)
+
+    def first_problem(self, recipe: Recipe) -> tuple[Any, solvers.Problem]:
+        """Graph and problem of the first call."""
+        training = recipe.build()
+        step = PlannedAgain(self, training, LARGE)
+        _, graph, plan, _ = step._planned(training.batch(0), {})
+        return graph, plan.problem
+
+
+class PlannedAgain(CompiledStep):
+    """A compiled step that takes captures from `Shared` and plans them for its own budget."""
+
+    def __init__(self, shared: Shared, training: Training, budget_bytes: int, hints: tuple[solvers.Schedule, ...] = ()) -> None:
+        super().__init__(training.step, find_state(training.step, None), shared.options(budget_bytes))
+        self.shared, self.hints = shared, hints
+
+    def _planned(self, batch: Any, kwargs: Any) -> Any:
+        key = str(self._signature(batch, kwargs))
+        if key not in self.shared.captured:
+            self.shared.captured[key] = build(self.step_fn, self.state, self.shared.options(LARGE), (batch, kwargs), None, self.tell)
+        contract, graph, loose, code = self.shared.captured[key]
+        for optimizer in self.state.optimizers.values():
+            initialise_optimizer(optimizer)
+        plan = make_plan(graph, loose.problem.with_budget(self.options.budget_bytes), self.options.effort, hints=self.hints)
+        return contract, graph, plan, codegen.generate(graph, plan)
+
+
+def keep_all_bytes(problem: tuple[Any, solvers.Problem]) -> int:
+    from solvers.baselines import keep_all
+
+    return solvers.replay(problem[1], keep_all(problem[1]), enforce_budget=False).peak_bytes
+
+
+def refusal_below(shared: Shared, problem: tuple[Any, solvers.Problem]) -> dict[str, Any]:
+    """What the refusal of an impossible budget says, and whether the byte below the smallest budget that it names is refused too."""
+    from mebp_compile.errors import BudgetInfeasible
+
+    def refuse(budget_bytes: int) -> BudgetInfeasible | None:
+        try:
+            make_plan(problem[0], problem[1].with_budget(budget_bytes), "fast")
+        except BudgetInfeasible as error:
+            return error
+        return None
+
+    first = refuse(1)
+    assert first is not None
+    again = refuse(first.smallest_bytes - 1)
+    return {
+        "smallest_bytes": first.smallest_bytes,
+        "lower_bound_bytes": first.lower_bound_bytes,
+        "binding_op": first.binding_op,
+        "message": str(first),
+        "refused_below": again is not None,
+        "ops": [op.name for op in problem[0].ops],
+    }
+
+
+def eager_calls(recipe: Recipe) -> list[tuple[Any, Any, bytes]]:
+    """For each call of the user's own training: what it returned, the state after it, and the generator's state."""
+    training = recipe.build()
+    torch.manual_seed(7)
+    result = []
+    for call in range(len(CALLS)):
+        returned = describe(training.step(*training.batch(call)))
+        result.append((returned, snapshot(training), raw(torch.get_rng_state())))
+        training.between(call)
+    return result
+
+
+def run_cell(recipe: Recipe, shared: Shared, budget_bytes: int, eager: list[Any], hints: tuple[solvers.Schedule, ...]) -> tuple[CompiledStep, Cell]:
+    """Train under one budget, comparing every call with eager and metering two of them."""
+    training = recipe.build()
+    step = PlannedAgain(shared, training, budget_bytes, hints)
+    readings: dict[str, Any] = {}
+    torch.manual_seed(7)
+    for call, kind in enumerate(CALLS):
+        batch = training.batch(call)
+        drawn = torch.get_rng_state()
+        program = step.prepare(*batch)
+        torch.set_rng_state(drawn)
+        leaves = pytree.tree_leaves((batch, {}))
+        if kind == PLAIN:
+            returned = step(*batch)
+        else:
+            readings[kind] = (meter_storages if kind == STORAGES else meter_process)(program, leaves)
+            returned = readings[kind].result
+            readings[kind] = replace(readings[kind], result=None)
+        where = f"{recipe.family} {recipe.optimizer} {budget_bytes} call {call}"
+        assert_same(f"{where}: returned", eager[call][0], describe(returned))
+        assert_same(where, eager[call][1], snapshot(training))
+        assert raw(torch.get_rng_state()) == eager[call][2], f"{where}: the generator is in another state"
+        del returned
+        training.between(call)
+    plan = step.plan
+    cell = Cell(
+        recipe.family, recipe.optimizer, budget_bytes, plan.tensor_bytes, readings[STORAGES].peak_bytes, plan.peak_bytes, readings[PROCESS].malloc_bytes,
+        readings[PROCESS].anon_bytes, plan.placement.arena_bytes, plan.report.recomputes, plan.report.offloads, plan.time_us,
+    )  # fmt: skip
+    return step, cell

@@ -1,0 +1,88 @@
+"""solvers.offsets: placements never overlap, are close to the maximum load, and the checker finds every overlap."""
+
+import random
+
+import pytest
+from generators import layered, transformer
+
+from solvers.baselines import keep_all
+from solvers.check import replay
+from solvers.offsets import Lifespan, OffsetError, Placement, check_offsets, lifespans, max_load_bytes, place
+from solvers.solve import smallest
+
+
+def spans(seed: int, count: int) -> list[Lifespan]:
+    draw = random.Random(seed)
+    starts = [draw.randrange(200) for _ in range(count)]
+    return [Lifespan(k, s, s + draw.randint(0, 60), draw.randint(0, 5000)) for k, s in enumerate(starts)]
+
+
+def overlap(a: Lifespan, b: Lifespan, x: int, y: int) -> bool:
+    """Both live at some step and sharing a byte: by definition, pair by pair."""
+    together = max(a.start, b.start) < min(a.end, b.end)
+    return together and max(x, y) < min(x + a.size_bytes, y + b.size_bytes)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_two_lifespans_overlap(seed: int) -> None:
+    """Checked pair by pair; offsets are aligned, inside the arena, and the arena isn't below the maximum load."""
+    items = spans(seed, 60)
+    placement = place(items)
+    for k, a in enumerate(items):
+        assert placement.offsets[k] % 64 == 0
+        assert placement.offsets[k] + a.size_bytes <= placement.arena_bytes
+        for j in range(k):
+            assert not overlap(a, items[j], placement.offsets[k], placement.offsets[j])
+    assert max_load_bytes(items) == placement.lower_bound_bytes <= placement.arena_bytes
+    assert placement.arena_bytes <= 1.3 * placement.lower_bound_bytes
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_the_checker_agrees_with_pairwise_comparison(seed: int) -> None:
+    """Random offsets: check_offsets rejects exactly those with a pair that overlaps."""
+    draw = random.Random(seed)
+    items = spans(seed, draw.randint(2, 12))
+    offsets = tuple(64 * draw.randrange(800) for _ in items)
+    bad = any(overlap(a, b, x, y) for k, (a, x) in enumerate(zip(items, offsets, strict=True))
+              for b, y in list(zip(items, offsets, strict=True))[:k])
+    placement = Placement(offsets, 64 * 1000, 0)
+    if bad:
+        with pytest.raises(OffsetError, match="overlap"):
+            check_offsets(items, placement)
+    else:
+        check_offsets(items, placement)
+
+
+def test_bad_lifespans_and_placements_are_refused() -> None:
+    """Backwards lifespans, odd alignments, misaligned offsets, small arenas and missing offsets raise."""
+    item = Lifespan(0, 0, 4, 100)
+    for wrong in (Lifespan(0, 4, 0, 100), Lifespan(0, 0, 4, 100, 48), Lifespan(0, 0, 4, -1)):
+        with pytest.raises(OffsetError):
+            place([wrong])
+    for placement in (Placement((32,), 999, 0), Placement((0,), 99, 0), Placement((), 999, 0), Placement((-64,), 99, 0)):
+        with pytest.raises(OffsetError):
+            check_offsets([item], placement)
+    assert place([]) == Placement((), 0, 0)
+
+
+@pytest.mark.parametrize("problem", [layered(2, 40), transformer(2, 32, 16)], ids=["layered", "transformer"])
+def test_lifespans_of_a_schedule_carry_its_memory(problem) -> None:  # type: ignore[no-untyped-def]
+    """At every step the lifespans' bytes are the replay's timeline less workspace; the arena is within 10 % of them."""
+    for schedule in (keep_all(problem), smallest(problem)[1]):
+        report, items = replay(problem, schedule, False), lifespans(problem, schedule)
+        change = [0] * (len(schedule.steps) + 1)
+        for item in items:
+            change[item.start] += item.size_bytes
+            change[item.end] -= item.size_bytes
+        load = 0
+        for index, delta in enumerate(change[:-1]):
+            load += delta
+            step = schedule.steps[index]
+            extra = problem.ops[step.op].choices[step.choice].workspace_bytes if hasattr(step, "op") else 0
+            assert load + extra + problem.constant_bytes == report.timeline[index]
+        assert place(items).arena_bytes <= 1.1 * max_load_bytes(items)
+
+
+def test_placement_is_deterministic() -> None:
+    """The same lifespans and seed give the same offsets."""
+    assert place(spans(7, 200), seed=3) == place(spans(7, 200), seed=3)
