@@ -173,7 +173,8 @@ def _check_problem(graph: Graph, problem: solvers.Problem) -> None:
     for op, planned in zip(graph.ops, problem.ops, strict=True):
         mine = (op.name, set(op.reads), set(op.creates), set(op.writes), op.rng)
         _equal(f"op {op.name}", mine, (planned.name, set(planned.choices[0].reads), set(planned.creates), set(planned.writes), planned.rng))
-    for storage, block, size_bytes in zip(graph.storages, problem.storages, charged_sizes(graph), strict=True):
+    moved = frozenset(index for index, block in enumerate(problem.storages) if block.movable)
+    for storage, block, size_bytes in zip(graph.storages, problem.storages, charged_sizes(graph, moved), strict=True):
         unused = block.size_bytes == 0 and storage.role not in PERSISTENT
         _equal(f"storage {storage.name}", (storage.name, size_bytes), (block.name, size_bytes if unused else block.size_bytes))
     _equal("constant_bytes", constant_overhead(graph), problem.constant_bytes)

@@ -10,7 +10,9 @@ it on its own (128 KiB and more, at first) its end is rounded up to a page; a vi
 
 from __future__ import annotations
 
-from mebp_compile.graph import PERSISTENT, Graph, Storage
+from collections.abc import Collection
+
+from mebp_compile.graph import PERSISTENT, Graph
 
 TENSOR_BYTES = 384
 VIEW_BYTES = 640
@@ -27,20 +29,18 @@ def allocated_bytes(size_bytes: int) -> int:
     return -(-(size_bytes + 64) // PAGE_BYTES) * PAGE_BYTES + TENSOR_BYTES
 
 
-def charged_sizes(graph: Graph) -> tuple[int, ...]:
-    """Bytes charged for each storage: as it is where it exists before the step or is a plain number, with its overhead otherwise."""
+def charged_sizes(graph: Graph, moved: Collection[int]) -> tuple[int, ...]:
+    """Bytes charged for each storage: with its overhead if a step allocates it, as it is if it exists before the step (unless it is in `moved`,
+    so that a step may read it into memory of its own) or holds a plain number."""
     views = [-1] * len(graph.storages)
     for value in graph.values:
         views[value.storage] += 1
     return tuple(
-        storage.size_bytes if _is_there(storage) or not storage.size_bytes else allocated_bytes(storage.size_bytes) + VIEW_BYTES * max(0, count)
-        for storage, count in zip(graph.storages, views, strict=True)
+        storage.size_bytes
+        if not storage.size_bytes or (storage.role in PERSISTENT and index not in moved)
+        else allocated_bytes(storage.size_bytes) + VIEW_BYTES * max(0, count)
+        for index, (storage, count) in enumerate(zip(graph.storages, views, strict=True))
     )
-
-
-def _is_there(storage: Storage) -> bool:
-    """Allocated before the step, and not by it (a packed weight may be read in each step)."""
-    return storage.role in PERSISTENT and storage.role != "weight"
 
 
 def constant_overhead(graph: Graph) -> int:

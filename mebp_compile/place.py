@@ -6,7 +6,7 @@ that way stays with the allocator. An empty arena always fits, so placement neve
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,10 @@ from solvers import Free, Prefetch, Problem, Run, Schedule
 
 ALIGN = 64
 SMALLEST_BYTES = 4096  # below this the allocator's own caches are faster than any arena
-CAPS = (1.0, 0.97, 0.94, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+TRIALS = 90  # arena sizes tried, each SHRINK times the one before
+SHRINK = 0.95
+RESTARTS = 6
+WORK = 120_000  # lives tried in all, roughly 4 seconds
 
 Ints = NDArray[np.int64]
 
@@ -72,74 +75,162 @@ def lives(graph: Graph, problem: Problem, schedule: Schedule) -> list[Life]:
 
 
 def place_under(graph: Graph, problem: Problem, schedule: Schedule) -> Placement:
-    """The placement with the largest arena use whose footprint stays within the problem's budget."""
+    """The placement of most bytes whose footprint stays within the problem's budget: arenas of several sizes are tried, the empty one last."""
     every = lives(graph, problem, schedule)
     steps = len(schedule.steps)
-    workspace = _workspace(problem, schedule)
-    eligible = sorted((life for life in every if life.fits_arena and life.size_bytes >= SMALLEST_BYTES), key=lambda life: (-life.size_bytes, life.start))
-    rest = [life for life in every if not (life.fits_arena and life.size_bytes >= SMALLEST_BYTES)]
-    load = int(_profile(eligible, steps).max(initial=0))
-    base = _profile(rest, steps) + workspace
-    for fraction in CAPS:
-        cap = int(load * fraction) if fraction < 1.0 else int(load * 1.05) + ALIGN * 64
-        offsets, placed, left = first_fit(eligible, cap)
-        arena = max((offset + life.size_bytes for life, offset in zip(placed, offsets, strict=True)), default=0)
-        peak = problem.constant_bytes + arena + int((base + _profile(left, steps)).max(initial=0))
-        if peak <= problem.budget_bytes:
-            return Placement({(life.start, life.storage): offset for life, offset in zip(placed, offsets, strict=True)}, arena, peak)
-    peak = problem.constant_bytes + int((base + _profile(eligible, steps)).max(initial=0))
-    return Placement({}, 0, peak)
+    eligible = [life for life in every if life.fits_arena and life.size_bytes >= SMALLEST_BYTES]
+    chosen = set(map(id, eligible))
+    fixed = _profile([life for life in every if id(life) not in chosen], steps) + _workspace(problem, schedule) + problem.constant_bytes
+    fixed += _profile([replace(life, charged_bytes=life.charged_bytes - life.size_bytes) for life in eligible], steps)
+    best, work = Packed([], [], 0), Work(WORK)
+    for arena_bytes in _arena_sizes(eligible, problem.budget_bytes - int(fixed.max(initial=0)), steps):
+        if work.left <= 0 or best.bytes >= sum(life.size_bytes for life in eligible if life.size_bytes <= arena_bytes):
+            break
+        packed = pack(eligible, arena_bytes, problem.budget_bytes - fixed, work)
+        if packed is not None and packed.bytes > best.bytes:
+            best = packed
+    placed = set(map(id, best.lives))
+    footprint = fixed + best.arena_bytes + _sizes([life for life in eligible if id(life) not in placed], steps)
+    offsets = {(life.start, life.storage): offset for life, offset in zip(best.lives, best.offsets, strict=True)}
+    return Placement(offsets, best.arena_bytes, int(footprint.max(initial=0)))
 
 
-def first_fit(order: list[Life], cap_bytes: int) -> tuple[list[int], list[Life], list[Life]]:
-    """Offsets of the lives placed, in the given order, each at the lowest offset free for its whole life; and the lives left out by the cap."""
-    start: Ints = np.zeros(len(order), np.int64)
-    end, low, high = start.copy(), start.copy(), start.copy()
-    offsets: list[int] = []
-    placed: list[Life] = []
-    left: list[Life] = []
+@dataclass(frozen=True)
+class Packed:
+    """Lives and the offset of each, in an arena of arena_bytes."""
+
+    lives: list[Life]
+    offsets: list[int]
+    arena_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """What no longer comes from the allocator in a step: each life counts once, as each costs one allocation with its page faults."""
+        return sum(life.size_bytes for life in self.lives)
+
+
+@dataclass
+class Work:
+    """How many more lives may be tried: a limit that does not depend on the machine."""
+
+    left: int
+
+
+def _arena_sizes(eligible: list[Life], most_bytes: int, steps: int) -> list[int]:
+    """Arena sizes worth trying, largest first: from what the lives together need (and the budget leaves) down to a hundredth."""
+    load = int(_sizes(eligible, steps).max(initial=0))
+    start = min(most_bytes, load + load // 8 + 64 * ALIGN)
+    return [size for size in (int(start * SHRINK**trial) for trial in range(TRIALS)) if size >= SMALLEST_BYTES]
+
+
+def pack(eligible: list[Life], arena_bytes: int, room: Ints, work: Work) -> Packed | None:
+    """First fit under a cap. `room[t]` is what the arena and the lives outside of it may take together at step t; None where that is exceeded.
+
+    Lives larger than the arena stay outside; those for which there is no room outside are placed first, then the others, each kind from the largest on. One
+    that then fits neither inside nor outside moves to the front, and all begins again.
+    """
+    spare = Spare(room - arena_bytes)
+    order = sorted(eligible, key=lambda life: (-life.size_bytes, life.start))
+    inside = [life for life in order if life.size_bytes <= arena_bytes]
+    if not all(spare.take(life) for life in order if life.size_bytes > arena_bytes):
+        return None
+    forced = [life for life in inside if not spare.has(life)]
+    for _ in range(RESTARTS):
+        front = set(map(id, forced))
+        arena, stuck = _first_fit([*forced, *(life for life in inside if id(life) not in front)], arena_bytes, Spare(spare.left.copy()), work)
+        if stuck is None:
+            height = max((offset + life.size_bytes for life, offset in zip(arena.lives, arena.offsets, strict=True)), default=0)
+            return Packed(arena.lives, arena.offsets, height)
+        if id(stuck) in front and forced[0] is stuck:
+            return None
+        forced = [stuck, *(life for life in forced if life is not stuck)]
+    return None
+
+
+def _first_fit(order: list[Life], arena_bytes: int, spare: Spare, work: Work) -> tuple[Arena, Life | None]:
+    """The lives in the arena or else outside; and the first that finds place in neither."""
+    arena = Arena(arena_bytes, len(order))
     for life in order:
-        count = len(placed)
-        clash = (start[:count] < life.end) & (end[:count] > life.start)
-        offset = _lowest_gap(low[:count][clash], high[:count][clash], life.size_bytes)
-        if offset + life.size_bytes > cap_bytes:
-            left.append(life)
-            continue
-        start[count], end[count] = life.start, life.end
-        low[count], high[count] = offset, _aligned(offset + life.size_bytes)
-        offsets.append(offset)
-        placed.append(life)
-    return offsets, placed, left
+        work.left -= 1
+        if not arena.add(life) and not spare.take(life):
+            return arena, life
+    return arena, None
+
+
+class Spare:
+    """Bytes that lives outside of the arena may still take, by step."""
+
+    def __init__(self, bytes_by_step: Ints) -> None:
+        self.left = bytes_by_step
+
+    def has(self, life: Life) -> bool:
+        return int(self.left[max(0, life.start) : life.end].min(initial=1 << 62)) >= life.size_bytes
+
+    def take(self, life: Life) -> bool:
+        if not self.has(life):
+            return False
+        self.left[max(0, life.start) : life.end] -= life.size_bytes
+        return True
+
+
+class Arena:
+    """Lives placed so far, each at the lowest offset that was free for its whole life."""
+
+    def __init__(self, cap_bytes: int, most: int) -> None:
+        self.cap_bytes = cap_bytes
+        self.rows: Ints = np.zeros((4, most), np.int64)  # start, end, low, high of each life, sorted by low
+        self.lives: list[Life] = []
+        self.offsets: list[int] = []
+
+    def add(self, life: Life) -> bool:
+        """Place the life if it fits under the cap."""
+        count = len(self.lives)
+        start, end, low, high = self.rows[:, :count]
+        clash = (start < life.end) & (end > life.start)
+        offset = _lowest_gap(low[clash], high[clash], life.size_bytes)
+        if offset + life.size_bytes > self.cap_bytes:
+            return False
+        at = int(np.searchsorted(low, offset))
+        self.rows[:, at + 1 : count + 1] = self.rows[:, at:count].copy()
+        self.rows[:, at] = life.start, life.end, offset, _aligned(offset + life.size_bytes)
+        self.lives.append(life)
+        self.offsets.append(offset)
+        return True
 
 
 def _lowest_gap(low: Ints, high: Ints, size_bytes: int) -> int:
-    """The lowest aligned offset with `size_bytes` free among the intervals [low, high)."""
+    """The lowest aligned offset with `size_bytes` free among the intervals [low, high), sorted by low."""
     if not len(low):
         return 0
-    order = np.argsort(low, kind="stable")
-    tops = np.maximum.accumulate(high[order])
-    before = np.concatenate(([0], tops[:-1]))
-    fits = np.flatnonzero(low[order] - before >= size_bytes)
-    return int(before[fits[0]]) if len(fits) else int(tops[-1])
+    tops = np.maximum.accumulate(high)
+    if low[0] >= size_bytes:
+        return 0
+    fits = np.flatnonzero(low[1:] - tops[:-1] >= size_bytes)
+    return int(tops[fits[0]]) if len(fits) else int(tops[-1])
 
 
 def _aligned(offset: int) -> int:
     return -(-offset // ALIGN) * ALIGN
 
 
+def _sizes(some: list[Life], steps: int) -> Ints:
+    """Bytes of the lives' tensors at every step."""
+    return _profile([replace(life, charged_bytes=life.size_bytes) for life in some], steps)
+
+
 def _profile(some: list[Life], steps: int) -> Ints:
-    """Bytes of the given lives at every step. A storage is freed before the next step begins, so its own Free step still counts it."""
+    """Bytes charged for the lives at every step, from the one that makes a storage up to the one before its Free."""
     change: Ints = np.zeros(steps + 2, np.int64)
     for life in some:
-        change[max(0, life.start)] += life.size_bytes
-        change[life.end] -= life.size_bytes
-    total: Ints = np.cumsum(change)[: steps + 1]
+        change[max(0, life.start)] += life.charged_bytes
+        change[life.end] -= life.charged_bytes
+    total: Ints = np.cumsum(change)[:steps]
     return total
 
 
 def _workspace(problem: Problem, schedule: Schedule) -> Ints:
     """Workspace of every step, with the copies that a second run of a multi-output op makes and discards."""
-    result: Ints = np.zeros(len(schedule.steps) + 1, np.int64)
+    result: Ints = np.zeros(len(schedule.steps), np.int64)
     alive: set[int] = set()
     for number, step in enumerate(schedule.steps):
         if isinstance(step, Run):

@@ -76,9 +76,9 @@ def build_problem(
     graph: Graph, costs: Costs, budget_bytes: int, offload: bool, grads: str = "keep", movable: Sequence[str] = MOVABLE
 ) -> Problem:
     """The scheduling problem of a graph: every storage with the bytes charged for it (`overhead`), every op with its measured cost, in graph order."""
-    charged = charged_sizes(graph)
     outputs = {graph.storage_of(name) for path, name in graph.results if grads == "keep" or not path.startswith("gradient:")}
     may_leave = homes(graph, offload, grads, movable)
+    charged = charged_sizes(graph, may_leave)
     storages = tuple(
         solvers.Storage(
             storage.name,

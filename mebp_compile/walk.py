@@ -204,7 +204,7 @@ def source_line(op: Op, lines: Mapping[str, str]) -> str:
 
     `lines` comes from `forward_lines`, once for a graph.
     """
-    if op.source:
+    if _short(op.source) or op.phase != "backward":
         return _short(op.source)
     kind = _NUMBERED.sub("", op.forward_op)
     found = lines.get(op.forward_op) or lines.get(f"{op.module}:{kind}") or lines.get(f"{op.module}:")
@@ -215,7 +215,7 @@ def forward_lines(graph: Graph) -> dict[str, str]:
     """Source lines by op name, by "module:kind of op" and by "module:", the first op of each counting."""
     lines: dict[str, str] = {}
     for op in graph.ops:
-        if op.source and op.phase == "forward":
+        if _short(op.source) and op.phase == "forward":
             kind = op.target.split(".")[1] if "." in op.target else op.target
             for key in (op.name, f"{op.module}:{kind.strip('_')}", f"{op.module}:"):
                 lines.setdefault(key, op.source)
@@ -223,8 +223,9 @@ def forward_lines(graph: Graph) -> dict[str, str]:
 
 
 def _short(source: str) -> str:
+    """`model.py:10 in forward`, or "" where the source is not a line of a file."""
     match = _LINE.match(source)
     if match is None:
-        return source
+        return ""
     file = re.split(r"[\\/]", match["file"])[-1]
     return f"{file}:{match['line']}" + (f" in {match['function']}" if match["function"] else "")

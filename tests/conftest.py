@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,4 +19,19 @@ def disk_folder() -> Iterator[Path]:
     FOLDER.mkdir(exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=FOLDER))
     yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder() -> Iterator[Path]:
+    """Measured costs and planned programs of this run alone, unless MEBP_CACHE names a folder."""
+    given = os.environ.get("MEBP_CACHE")
+    if given:
+        yield Path(given)
+        return
+    FOLDER.mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="cache-", dir=FOLDER))
+    os.environ["MEBP_CACHE"] = str(folder)
+    yield folder
+    del os.environ["MEBP_CACHE"]
     shutil.rmtree(folder, ignore_errors=True)

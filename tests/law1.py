@@ -18,6 +18,7 @@ from models import Training
 
 from mebp_compile import compiler
 from mebp_compile.compiler import CompiledStep, optimize
+from mebp_compile.errors import BudgetInfeasible
 from mebp_compile.graph import Graph
 from mebp_compile.plan import Costs, OpCost
 
@@ -137,3 +138,17 @@ def _difference(expected: Any, found: Any) -> str:
 
 def _short(item: Any) -> str:
     return str(item[:4] if isinstance(item, tuple) else item)[:200]
+
+
+def smallest_budget(make: Make, fraction: float, offload: Path | None = None) -> int:
+    """A tight budget in bytes: the part of keep-all's need that lies `fraction` of the way above the smallest budget found."""
+    training = make()
+    with estimated_costs():
+        try:
+            dry = optimize(training.step, 1 << 10, offload=offload, effort="fast", cache=False)
+            dry.prepare(*training.batch(0))
+        except BudgetInfeasible as error:
+            smallest = error.smallest_bytes
+        keep_all = optimize(training.step, 1 << 34, effort="fast", cache=False)
+        keep_all.prepare(*training.batch(0))
+    return int(smallest + fraction * (keep_all.plan.keep_all_bytes - smallest))

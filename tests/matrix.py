@@ -180,6 +180,7 @@ def run_cell(recipe: Recipe, shared: Shared, budget_bytes: int, eager: list[Any]
             readings[kind] = (meter_storages if kind == STORAGES else meter_process)(program, leaves)
             returned = readings[kind].result
             readings[kind] = replace(readings[kind], result=None)
+        step.materialise()
         where = f"{recipe.family} {recipe.optimizer} {budget_bytes} call {call}"
         assert_same(f"{where}: returned", eager[call][0], describe(returned))
         assert_same(where, eager[call][1], snapshot(training))

@@ -86,12 +86,12 @@ class Recipe:
     def build(self) -> Training:
         """A fresh training; two builds are equal bit for bit."""
         torch.manual_seed(self.seed)
-        model = self.model().to(self.dtype).train()
+        model = self.model().train()
         optimizer = OPTIMIZERS[self.optimizer]([p for p in model.parameters() if p.requires_grad])
         return Training([model], [optimizer], make_step(model, optimizer, self), self.batch, fresh_gradients=self.zero == "first" and self.set_to_none)
 
     def model(self) -> nn.Module:
-        model = MODELS[self.family](self)
+        model = MODELS[self.family](self).to(self.dtype)
         return with_lora(model, self) if self.lora else model
 
     def batch(self, call: int) -> tuple[Any, ...]:
@@ -218,7 +218,7 @@ def with_lora(model: nn.Module, recipe: Recipe) -> nn.Module:
 
     names = ["c_attn"] if recipe.family == "gpt2" else ["q_proj", "v_proj"]
     config = LoraConfig(r=4, lora_alpha=8, lora_dropout=recipe.lora_dropout, target_modules=names, fan_in_fan_out=recipe.family == "gpt2")
-    adapted: nn.Module = get_peft_model(model.to(recipe.dtype), config, autocast_adapter_dtype=recipe.lora == "float32")
+    adapted: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=recipe.lora == "float32")
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:  # zero at first, which would leave half of the backward pass untested
             nn.init.normal_(parameter, std=0.02)

@@ -140,7 +140,7 @@ def random_plan(seed: int) -> Planned:
 
 
 @cache
-def long_plan(layers: int = 2500) -> Planned:
+def long_plan(layers: int = 1700) -> Planned:
     """A keep-all schedule of more than 10,000 steps."""
     graph = chain(layers)
     problem = build_problem(graph, Costs({op.name: OpCost(10) for op in graph.ops}), 10**12, offload=False)

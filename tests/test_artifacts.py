@@ -40,7 +40,7 @@ def test_saving_again_replaces(tmp_path: Path) -> None:
     assert load_artifacts(tmp_path)[1] == tight(True).plan
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.integers(0, 10**6))
 def test_check_accepts_every_plan(seed: int) -> None:
     """All claims hold for every plan that make_plan gives, and the figures in them are the plan's."""
@@ -61,7 +61,7 @@ def test_check_reads_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["graph.json", "problem.json", "schedule.json", "offsets.json"])
 def test_mixed_or_edited_files_do_not_load(name: str, tmp_path: Path) -> None:
     """A file of another plan, as an interrupted save leaves it, is refused by name."""
-    save(tmp_path / "a", tight(True))
+    save(tmp_path / "a", roomy())
     save(tmp_path / "b", random_plan(1))
     (tmp_path / "a" / name).write_bytes((tmp_path / "b" / name).read_bytes())
     with pytest.raises(GraphError, match=name):
@@ -139,7 +139,8 @@ def with_smaller_arena(plan: Plan) -> Plan:
 LIES: list[tuple[Callable[[Plan], Plan], str]] = [
     (without_last_step, "schedule does not hold|report"), (without_a_run, "schedule does not hold"), (under_a_smaller_budget, "over-budget"),
     (with_smaller_peak, "peak_bytes"), (with_larger_storage, "storage "), (with_other_time, "report.time_us"), (with_other_keep_all, "keep_all_bytes"),
-    (with_all_at_zero, "share bytes"), (with_unaligned_offset, "not aligned"), (with_offset_of_nothing, "not made there"), (with_smaller_arena, "outside of the arena"),
+    (with_all_at_zero, "share bytes"), (with_unaligned_offset, "not aligned"), (with_offset_of_nothing, "not made there"),
+    (with_smaller_arena, "outside of the arena"),
 ]  # fmt: skip
 
 

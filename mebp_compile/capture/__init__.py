@@ -28,23 +28,23 @@ def capture(step_fn: Callable[..., Any], state: State, batch: tuple[Any, ...], k
     """The whole step as one graph over `state` and the batch. Raises a CaptureError that names the line and the fix."""
     _check_parameters(state)
     _check_reads(step_fn, state)
-    with _fresh_optimizer_state(state):
-        traced = _trace(step_fn, state, batch, kwargs, "")
+    with _put_back_on_failure(state) as undo:
+        traced = _trace(step_fn, state, batch, kwargs, undo=undo)
+        if undo:
+            _check_settled(traced, _trace(step_fn, state, batch, kwargs))
         _check_constants(traced)
         if may_lose(state):
-            line = lost_number(traced, _trace(step_fn, state, batch, kwargs, "again"))
-            if line is not None:
-                raise Unsupported(
-                    f"a hyper-parameter of param_groups turns into a fixed number at {line}, so that a later change of it would be lost",
-                    "compute with Python's own float arithmetic and `math` rather than numpy, or pass the number in the batch as a tensor",
-                )
+            _check_hyper_parameters(traced, _trace(step_fn, state, batch, kwargs, salt="again"))
     return traced
 
 
-def _trace(step_fn: Callable[..., Any], state: State, batch: tuple[Any, ...], kwargs: dict[str, Any], salt: str) -> Traced:
-    with python_state_kept(step_fn, state):
+def _trace(
+    step_fn: Callable[..., Any], state: State, batch: tuple[Any, ...], kwargs: dict[str, Any], salt: str = "", undo: list[Callable[[], None]] | None = None
+) -> Traced:
+    """One trace, after which Python state is what it was; plain attributes that modules filled in may stay if `undo` takes what reverts them."""
+    with python_state_kept(step_fn, state, settling=undo is not None) as settled:
         try:
-            return trace_step(step_fn, state, batch, kwargs, salt)
+            traced = trace_step(step_fn, state, batch, kwargs, salt)
         except MebpError:
             raise
         except torch_private.DataDependent as error:
@@ -57,20 +57,47 @@ def _trace(step_fn: Callable[..., Any], state: State, batch: tuple[Any, ...], kw
                 f"{type(error).__name__} at {torch_private.raising_line(error)} while the step was traced: {str(error).strip()[:500]}",
                 "run the step once uncompiled: if it works there, name its modules and optimizers in state=[...]",
             ) from error
+        finally:
+            if undo is not None:
+                undo.append(lambda: [revert() for revert in settled])  # type: ignore[func-returns-value]
+    if undo is not None and not settled:
+        undo.clear()
+    return traced
+
+
+def _check_settled(first: Traced, second: Traced) -> None:
+    line = lost_number(first, second)
+    if line is not None:
+        raise Unsupported(
+            f"the first call of the step computes something else than the next ones, because a module keeps Python state ({line})",
+            "run the step once uncompiled, then optimize it",
+        )
+
+
+def _check_hyper_parameters(first: Traced, second: Traced) -> None:
+    line = lost_number(first, second)
+    if line is not None:
+        raise Unsupported(
+            f"a hyper-parameter of param_groups turns into a fixed number at {line}, so that a later change of it would be lost",
+            "compute with Python's own float arithmetic and `math` rather than numpy, or pass the number in the batch as a tensor",
+        )
 
 
 @contextlib.contextmanager
-def _fresh_optimizer_state(state: State) -> Iterator[None]:
-    """Inside, optimizers have the state of their first step; it is taken away again where the capture fails."""
+def _put_back_on_failure(state: State) -> Iterator[list[Callable[[], None]]]:
+    """Inside, optimizers have the state of their first step; it is taken away again, and what is in the list undone, where the capture fails."""
     had = {root: {parameter for parameter, entries in optimizer.state.items() if entries} for root, optimizer in state.optimizers.items()}
+    undo: list[Callable[[], None]] = []
     try:
         for optimizer in state.optimizers.values():
             initialise_optimizer(optimizer)
-        yield
+        yield undo
     except BaseException:
         for root, optimizer in state.optimizers.items():
             for parameter in [parameter for parameter in optimizer.state if parameter not in had[root]]:
                 del optimizer.state[parameter]
+        for revert in undo:
+            revert()
         raise
 
 

@@ -28,11 +28,15 @@ OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 @dataclass(frozen=True)
 class Place:
-    """Somewhere that Python code keeps a value: a cell, a global, an attribute, an entry of a container."""
+    """Somewhere that Python code keeps a value: a cell, a global, an attribute, an entry of a container.
+
+    settles: an attribute of a module or its configuration, which libraries may fill in at the first call.
+    """
 
     name: str
     read: Callable[[], Any]
     write: Callable[[Any], None]
+    settles: bool = False
 
 
 def read_facts(state: State) -> tuple[tuple[str, str], ...]:
@@ -122,4 +126,6 @@ def _attributes(label: str, item: Any, names: set[str] | None) -> Iterator[Place
         if name in OWN_ATTRIBUTES or isinstance(value, (nn.Module, torch.optim.Optimizer)):
             continue
         if names is None or name in names:
-            yield Place(f"{label}.{name}", lambda name=name: vars(item).get(name), lambda value, name=name: setattr(item, name, value))
+            yield Place(
+                f"{label}.{name}", lambda name=name: vars(item).get(name), lambda value, name=name: setattr(item, name, value), settles=names is None
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import random
 import sys
@@ -22,21 +23,36 @@ Change = tuple[str, str]
 
 
 @contextlib.contextmanager
-def python_state_kept(step_fn: Callable[..., Any], state: State) -> Iterator[None]:
-    """Inside, run the step once; then raise ClosureChanged, with everything put back, where Python state is not what it was."""
+def python_state_kept(step_fn: Callable[..., Any], state: State, settling: bool = False) -> Iterator[list[Callable[[], None]]]:
+    """Inside, run the step once; then raise ClosureChanged, with everything put back, where Python state is not what it was.
+
+    With `settling`, plain attributes of modules and configurations may change (a library fills them in at its first call): they keep their
+    new values, and the list that is yielded then holds functions that would undo this.
+    """
     randoms = _random_states()
     objects = {name: (item, copy.deepcopy(_state_of(item))) for name, item in state.others.items()}
     values = [(place, place.read(), _shallow_copy(place.read()), fact(place.read())) for place in places(state)]
     modes = {(root, path): (module, module.training) for root, top in state.modules.items() for path, module in top.named_modules()}
     torch_rng = torch.get_rng_state()
+    settled: list[Callable[[], None]] = []
     try:
-        yield
+        yield settled
     finally:
+        if settling:
+            settled += [functools.partial(place.write, value) for place, value, _, text in values if _has_settled(place, value, text)]
+            values = [entry for entry in values if not _has_settled(entry[0], entry[1], entry[3])]
         changed = _restore_randoms(randoms) + _restore_objects(objects) + _restore_modes(modes) + _restore_values(values)
         torch.set_rng_state(torch_rng)
     if changed:
+        for undo in settled:
+            undo()
         what, fix = changed[0]
         raise ClosureChanged(f"running the step once {what}; a compiled step would not do that again ({where(step_fn)})", fix)
+
+
+def _has_settled(place: Place, value: Any, text: str) -> bool:
+    now = place.read()
+    return place.settles and isinstance(now, SCALARS) and isinstance(value, SCALARS) and fact(now) != text
 
 
 def where(step_fn: Callable[..., Any]) -> str:

@@ -153,7 +153,7 @@ def _rows(graph: Graph, plan: Plan, seen: Walk, module: str | None) -> list[Row]
 
 def _count_runs(plan: Plan, seen: Walk, labels: dict[int, str], rows: dict[str, Row]) -> None:
     """Time, recomputes and offloads of each row."""
-    maker = {storage: index for index, op in enumerate(plan.problem.ops) for storage in op.creates}
+    maker = _responsible(plan)
     for number, step in enumerate(plan.schedule.steps):
         if isinstance(step, Run) and step.op in labels:
             row, time_us = rows[labels[step.op]], plan.problem.ops[step.op].choices[step.choice].time_us
@@ -162,6 +162,17 @@ def _count_runs(plan: Plan, seen: Walk, labels: dict[int, str], rows: dict[str, 
             row.recompute_us += time_us if seen.again[number] else 0
         elif isinstance(step, Offload) and maker.get(step.storage) in labels:
             rows[labels[maker[step.storage]]].offloaded_bytes += plan.problem.storages[step.storage].size_bytes
+
+
+def _responsible(plan: Plan) -> dict[int, int]:
+    """The op that each storage belongs to: the one that creates it, or the last that writes it, or the first that reads it."""
+    result: dict[int, int] = {}
+    for index, op in enumerate(plan.problem.ops):
+        for storage in op.choices[0].reads:
+            result.setdefault(storage, index)
+    for index, op in enumerate(plan.problem.ops):
+        result.update(dict.fromkeys(op.writes, index))
+    return result | {storage: index for index, op in enumerate(plan.problem.ops) for storage in op.creates}
 
 
 def _kept(graph: Graph, plan: Plan, seen: Walk) -> set[Life]:

@@ -6,6 +6,7 @@ in a loop anyway; updates move to right after the last gradient contribution tha
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,8 +30,19 @@ def lower(traced: Traced, name: str = "step") -> Graph:
     """The Graph of a traced step. Raises GraphError where the trace holds something that can't be scheduled."""
     graph = _Lowering(traced, name).graph()
     graph = early_updates(without_dead_ops(graph))
+    graph = _without_cleared_gradients(graph, traced.cleared)
     ir.verify(graph)
     return graph
+
+
+def _without_cleared_gradients(graph: Graph, cleared: tuple[str, ...]) -> Graph:
+    """Gradients of the step before that this one clears before anything reads them are gone when it begins: they take no bytes."""
+    used = {storage for op in graph.ops for storage in (*op.reads, *op.writes)} | {graph.storage_of(name) for _, name in graph.results}
+    gone = {f"gradient:{name}" for name in cleared}
+    storages = tuple(
+        replace(storage, size_bytes=0) if storage.source in gone and index not in used else storage for index, storage in enumerate(graph.storages)
+    )
+    return replace(graph, storages=storages)
 
 
 class _Lowering:

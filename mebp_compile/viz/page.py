@@ -18,7 +18,7 @@ from solvers import Run
 KINDS = ("Run", "Free", "Offload", "Prefetch", "Wait")
 LEGEND_TEXT = {
     "parameters": "parameters, buffers", "optimizer": "optimizer state", "weights": "frozen weights", "activations": "activations",
-    "gradients": "gradients, backward", "workspace": "workspace",
+    "gradients": "gradients, backward", "workspace": "workspace, overhead",
 }  # fmt: skip
 
 
@@ -26,6 +26,7 @@ def timeline_html(graph: Graph, plan: Plan, measured: Sequence[int] | None = Non
     """One HTML file that needs nothing else. `measured`: bytes that a meter saw in each schedule step. Raises OptionError if their count is wrong."""
     seen = walk(graph, plan)
     template = files("mebp_compile.viz").joinpath("page.html").read_text(encoding="utf-8")
+    curve = timeline.keep_all_curve(plan)
     parts = {
         "TITLE": escape(f"{graph.name}: memory timeline"),
         "NAME": escape(graph.name),
@@ -33,7 +34,7 @@ def timeline_html(graph: Graph, plan: Plan, measured: Sequence[int] | None = Non
         "STYLE": timeline.style(),
         "TILES": "".join(_tile(*tile) for tile in _tiles(plan)),
         "LEGEND": "".join(_legend(plan, seen, measured is not None)),
-        "CHARTS": "".join(timeline.axis_svg(graph, plan, seen, axis, measured) for axis in ("step", "time")),
+        "CHARTS": "".join(timeline.axis_svg(graph, plan, seen, axis, curve, measured) for axis in ("step", "time")),
         "DATA": json.dumps(_data(graph, plan, seen), separators=(",", ":")).replace("</", "<\\/"),
     }
     for key, text in parts.items():
@@ -94,7 +95,7 @@ def _data(graph: Graph, plan: Plan, seen: Walk) -> dict[str, Any]:
         ],
         "ops": [[op.name, op.target, op.phase, op.module.removeprefix(prefix), source_line(op, lines)] for op in graph.ops],
         "storages": [
-            [item.name, plan.problem.storages[index].size_bytes, GROUPS.index(group_of(graph, index)), graph.producer.get(index, -1)]
+            [item.name, item.size_bytes, GROUPS.index(group_of(graph, index)), graph.producer.get(index, -1)]
             for index, item in enumerate(graph.storages)
         ],
     }

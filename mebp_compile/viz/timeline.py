@@ -21,6 +21,7 @@ LANE_NAMES = {"phase": "phase", "layer": "layer", "recompute": "recompute", "wri
 LANES_TOP = TOP + PLOT + 26
 HEIGHT = LANES_TOP + len(LANES) * (LANE + GAP) + 2
 INNER = WIDTH - LEFT - RIGHT
+Curve = Sequence[tuple[int, int]]
 COLOURS = {
     "parameters": ("#8b95a5", "#6b7686"), "optimizer": ("#b9a3e3", "#8d76c4"), "weights": ("#7cc4b5", "#3f9a89"),
     "activations": ("#4f8fd9", "#4d8ad0"), "gradients": ("#f0a04b", "#d98836"), "workspace": ("#dd5f74", "#d2566c"),
@@ -44,17 +45,17 @@ def style() -> str:
 def timeline_svg(graph: Graph, plan: Plan, measured: Sequence[int] | None = None) -> str:
     """The timeline over schedule steps, as one SVG file. `measured`: bytes that a meter saw in each step."""
     seen = walk(graph, plan)
-    body = draw(graph, plan, seen, steps_scale(seen), measured)
+    body = draw(graph, plan, seen, steps_scale(seen), keep_all_curve(plan), measured)
     background = f'<rect width="{WIDTH}" height="{HEIGHT}" fill="var(--paper)"/>'
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}"><style>{style()}</style>{background}{body}</svg>\n'
 
 
-def axis_svg(graph: Graph, plan: Plan, seen: Walk, axis: str, measured: Sequence[int] | None) -> str:
-    """The timeline over "step" or "time", to be put into a page."""
+def axis_svg(graph: Graph, plan: Plan, seen: Walk, axis: str, curve: Curve, measured: Sequence[int] | None) -> str:
+    """The timeline over "step" or "time", to be put into a page; `curve` is `keep_all_curve(plan)`."""
     scale = steps_scale(seen) if axis == "step" else time_scale(seen)
     hidden = "" if axis == "step" else ' style="display:none"'
     label = f"memory over {'schedule steps' if axis == 'step' else 'predicted time'}"
-    body = draw(graph, plan, seen, scale, measured)
+    body = draw(graph, plan, seen, scale, curve, measured)
     return f'<svg class="chart" data-axis="{axis}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}"{hidden}>{body}</svg>'
 
 
@@ -72,14 +73,14 @@ class Frame:
         return LEFT + INNER * fraction
 
 
-def draw(graph: Graph, plan: Plan, seen: Walk, scale: Scale, measured: Sequence[int] | None) -> str:
+def draw(graph: Graph, plan: Plan, seen: Walk, scale: Scale, curve: Curve, measured: Sequence[int] | None) -> str:
     """Everything inside the <svg>. What moves when a page zooms lies in <g class="zoom">."""
     if measured is not None and len(measured) != len(plan.schedule.steps):
         raise OptionError(f"{len(measured)} measured values for {len(plan.schedule.steps)} schedule steps", "give one value for each step")
     frame = Frame(scale, top_bytes(plan, measured))
     clip = f'<clipPath id="clip-{scale.axis}"><rect x="{LEFT}" y="0" width="{INNER}" height="{HEIGHT}"/></clipPath>'
     moving = [
-        _keep_all(plan, frame), *_stack(seen, frame), _footprint(plan, seen, frame), _measured(measured, frame), *_lanes(graph, plan, seen, frame),
+        _keep_all(plan, curve, frame), *_stack(seen, frame), _footprint(plan, seen, frame), _measured(measured, frame), *_lanes(graph, plan, seen, frame),
     ]  # fmt: skip
     labels = _layer_labels(graph, plan, seen, frame)
     zoom = f'<g clip-path="url(#clip-{scale.axis})"><g class="zoom">{"".join(moving)}</g>{labels}</g>'
@@ -122,19 +123,21 @@ def _line(values: Sequence[int], frame: Frame, look: str) -> str:
     return f'<path class="line" d="{outline([frame.y(values[step]) for step in chosen], LEFT, INNER)}" {look}/>'
 
 
-def _keep_all(plan: Plan, frame: Frame) -> str:
-    """The keep-all curve: its bytes at each op, drawn where this schedule first runs that op."""
+def keep_all_curve(plan: Plan) -> Curve:
+    """(op, live bytes) of each run of the keep-all schedule."""
     schedule = keep_all(plan.problem)
     report = solvers.replay(plan.problem, schedule, enforce_budget=False)
+    return [(step.op, size) for step, size in zip(schedule.steps, report.timeline, strict=True) if isinstance(step, solvers.Run)]
+
+
+def _keep_all(plan: Plan, curve: Curve, frame: Frame) -> str:
+    """The keep-all curve: its bytes at each op, drawn where this schedule first runs that op."""
     first: dict[int, float] = {}
     for number, step in enumerate(plan.schedule.steps):
         if isinstance(step, solvers.Run):
             first.setdefault(step.op, frame.scale.start[number])
-    points = sorted(
-        (first[step.op], size) for step, size in zip(schedule.steps, report.timeline, strict=True) if isinstance(step, solvers.Run)
-    )
     highest: dict[int, int] = {}
-    for x, size in points:
+    for x, size in sorted((first[op], size) for op, size in curve):
         highest[int(x * INNER)] = max(size, highest.get(int(x * INNER), 0))
     edge = "".join(f"L{LEFT + x} {frame.y(size):.1f}" for x, size in highest.items())
     base = TOP + PLOT
@@ -152,7 +155,7 @@ def _grid(frame: Frame) -> list[str]:
 
 def ticks(top: float) -> list[int]:
     """About five round numbers of bytes from 0 to `top`, round in KiB, MiB or GiB."""
-    unit = next((unit for unit in (2**30, 2**20, 2**10) if top >= 2 * unit), 1)
+    unit = next((unit for unit in (2**30, 2**20, 2**10) if top >= unit), 1)
     rough, power = top / unit / 5, 1.0
     while power * 10 <= rough:
         power *= 10
@@ -183,7 +186,8 @@ def _peak(plan: Plan, seen: Walk, frame: Frame) -> list[str]:
     y = frame.y(seen.footprint[step])
     side, shift = ("end", -9) if fraction > 0.6 else ("start", 9)
     return [
-        f'<circle class="mark" data-x="{fraction:.6f}" cx="{frame.x(fraction):.1f}" cy="{y:.1f}" r="4" fill="var(--paper)" stroke="var(--ink)" stroke-width="2"/>',
+        f'<circle class="mark" data-x="{fraction:.6f}" cx="{frame.x(fraction):.1f}" cy="{y:.1f}" r="4" fill="var(--paper)" '
+        'stroke="var(--ink)" stroke-width="2"/>',
         f'<text class="mark strong halo" data-x="{fraction:.6f}" data-shift="{shift}" x="{frame.x(fraction) + shift:.1f}" y="{max(12.0, y - 9):.1f}" '
         f'text-anchor="{side}">peak {format_bytes(plan.peak_bytes)}</text>',
     ]
@@ -231,12 +235,13 @@ def _phases(graph: Graph, plan: Plan) -> list[str]:
 
 
 def _layers(graph: Graph, plan: Plan, seen: Walk) -> list[str]:
-    """The layer of each step's op; recomputes and ops outside of modules don't interrupt a layer."""
+    """The layer of each step's op; recomputes, and ops of no module or of one that holds all layers, don't interrupt a layer."""
     prefix = common_prefix(graph)
-    return [
-        layer_of(graph.ops[step.op].module).removeprefix(prefix) if isinstance(step, solvers.Run) and not again else ""
-        for step, again in zip(plan.schedule.steps, seen.again, strict=True)
-    ]
+    result = []
+    for step, again in zip(plan.schedule.steps, seen.again, strict=True):
+        module = graph.ops[step.op].module if isinstance(step, solvers.Run) and not again else ""
+        result.append("" if prefix.startswith(f"{module}.") else layer_of(module).removeprefix(prefix))
+    return result
 
 
 def _spans(names: Sequence[str], scale: Scale) -> list[tuple[str, float, float]]:
