@@ -126,8 +126,8 @@ def main() -> int:
 def demo(budget: str, steps: int) -> int:
     progress, chosen = Progress(), settings(budget)
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    with progress.stage("weights: quantise to int4, layer by layer, on disk"):
-        model, store = finetune.build_model(chosen)
+    with progress.stage("weights: quantised to int4 on disk, tensor by tensor"):
+        model, store = finetune.build_model(chosen, progress)
     with progress.stage(f"plain PyTorch, {COMPARED_STEPS} steps in a process of its own"):
         plain = run_eager(budget)
     step_fn, optimizer = finetune.make_step(model, chosen)

@@ -20,7 +20,7 @@ from mebp_compile.config import Options, dump_dir, parse_budget
 from mebp_compile.cost import measure_costs
 from mebp_compile.errors import MebpError, OptionError, StepPoisoned
 from mebp_compile.graph import Graph
-from mebp_compile.lower import lower
+from mebp_compile.lower import drop_gradients, lower
 from mebp_compile.lower.stream import stream_weights
 from mebp_compile.plan import Plan, build_problem, make_plan
 from mebp_compile.runtime.bind import Streamed, bind_weights
@@ -78,11 +78,16 @@ def build(
     records = streamed.records if streamed else {}
     tell("capturing the step")
     traced = capture(step_fn, state, *batch)
-    graph = stream_weights(lower(traced), records)
+    graph = lower(traced)
+    kept_bytes = sum(graph.storages[graph.storage_of(name)].size_bytes for path, name in graph.results if path.startswith("gradient:"))
+    if options.grads == "drop":
+        graph, kept_bytes = drop_gradients(graph, traced.cleared), 0
+    graph = stream_weights(graph, records)
     costs, graph = measure_costs(graph, options, records, tell)
-    problem = build_problem(graph, costs, options.budget_bytes, options.offload_dir is not None, options.grads)
+    problem = build_problem(graph, costs, options.budget_bytes, options.offload_dir is not None)
     tell(f"solving for {len(graph.ops):,} ops on {len(graph.storages):,} storages")
-    solved = make_plan(graph, problem, options.effort, options.time_limit_s)
+    saves = f'grads="drop" (frees {kept_bytes:,} bytes of .grad that the next zero_grad would discard)' if kept_bytes and traced.cleared else ""
+    solved = make_plan(graph, problem, options.effort, options.time_limit_s, advice=saves, tell=tell)
     return contract_of(traced), graph, solved, codegen.generate(graph, solved)
 
 

@@ -160,7 +160,7 @@ def _priced(
 def fingerprint() -> Json:
     """All that a measured time depends on."""
     model = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-    return {"cpu": model, "cores": os.cpu_count(), "torch": torch.__version__, "threads": torch.get_num_threads(), "format": 1}
+    return {"cpu": model, "cores": os.cpu_count(), "torch": torch.__version__, "threads": torch.get_num_threads(), "format": 2}
 
 
 def _lines(path: str) -> list[str]:

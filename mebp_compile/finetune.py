@@ -76,12 +76,12 @@ class Settings:
 # --- the model ---
 
 
-def build_model(settings: Settings) -> tuple[nn.Module, WeightStore | None]:
+def build_model(settings: Settings, progress: Progress | None = None) -> tuple[nn.Module, WeightStore | None]:
     """A causal language model with LoRA adapters on all its linear layers, and the store of its frozen weights if they are quantised.
 
     With a store the frozen weights are never in memory: the model is built on meta.
     """
-    store = open_store(settings) if settings.weights is not None else None
+    store = open_store(settings, progress) if settings.weights is not None else None
     torch.manual_seed(settings.seed)
     base = _on_meta(settings) if store is not None else _in_memory(settings)
     base.config.use_cache = False
@@ -156,16 +156,21 @@ def _with_lora(base: Any, settings: Settings) -> nn.Module:
     return model
 
 
-def open_store(settings: Settings) -> WeightStore:
+def open_store(settings: Settings, progress: Progress | None = None) -> WeightStore:
     """The quantised weights of the model: an existing store, or a new one beside the other stores."""
     assert settings.weights is not None
     folder = settings.store or cache_dir() / "weights" / f"{Path(settings.model).name}-{settings.weights}"
     if (folder / "manifest.json").is_file():
         return WeightStore.open(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+
+    def told(name: str, done_bytes: int, total_bytes: int) -> None:
+        if progress is not None:
+            progress.update(f"quantise to {settings.weights}", done_bytes >> 20, max(1, total_bytes >> 20), name)
+
     if settings.model in CONFIGS:
-        return WeightStore.from_config(_on_meta(settings), folder, settings.weights, settings.seed)
-    return WeightStore.from_checkpoint(settings.model, folder, settings.weights)
+        return WeightStore.from_config(_on_meta(settings), folder, settings.weights, settings.seed, progress=told)
+    return WeightStore.from_checkpoint(settings.model, folder, settings.weights, progress=told)
 
 
 # --- the step ---
@@ -198,7 +203,7 @@ class Training:
 def prepare(settings: Settings, progress: Progress) -> Training:
     """Build the model and plan its step for the batch that the settings name. Raises what `optimize` raises (BudgetInfeasible, ...)."""
     with progress.stage("model"):
-        model, store = build_model(settings)
+        model, store = build_model(settings, progress)
         step_fn, _ = make_step(model, settings)
     return Training(settings, model, compile_step(step_fn, settings, store, progress))
 

@@ -169,19 +169,20 @@ def make_plan(
     effort: str = "balanced",
     time_limit_s: float = 20.0,
     hints: Sequence[Schedule] = (),
-    progress: Callable[[str], None] | None = None,
+    advice: str = "",
+    tell: Callable[[str], None] | None = None,
 ) -> Plan:
     """Solve, check, place. Raises BudgetInfeasible, naming the smallest budget found, its lower bound and the op that binds."""
     import time
 
     started = time.monotonic()
     try:
-        solution = solvers.solve(problem, effort=effort, time_limit_s=time_limit_s, hints=hints)
+        solution = solvers.solve(problem, effort=effort, time_limit_s=time_limit_s, hints=hints, progress=tell)
     except solvers.Infeasible as error:
         raise BudgetInfeasible(
             f"no schedule fits {format_bytes(problem.budget_bytes)}: the smallest budget found is {error.smallest_found_bytes:,} bytes "
             f"({format_bytes(error.smallest_found_bytes)}), nothing below {error.lower_bound_bytes:,} bytes can work, and op {error.binding_op} binds",
-            f"budget={error.smallest_found_bytes}, a shorter sequence or smaller batch, or offload=a folder on disk if it is off",
+            ", ".join(filter(None, (f"budget={error.smallest_found_bytes}", advice, "a shorter sequence or smaller batch", "offload=a folder on disk"))),
             error.smallest_found_bytes,
             error.lower_bound_bytes,
             error.binding_op,

@@ -183,17 +183,20 @@ class Decoder:
         trace.group.append(self.group)
         return len(trace.kind) - 1
 
-    def read_back(self, storage: int, version: int) -> bool:
-        """Read the value from disk if a copy is there, or if it can be written there at its last use."""
+    def on_disk(self, storage: int, version: int) -> bool:
+        """The value can be read from disk: a copy is there, or can be written there at the value's last use."""
+        if self.disk[storage] == version:
+            return True
+        i = self.instance[storage]
+        spills = storage in self.decisions.spilled or self.tables.problem.storages[storage].persistent
+        return i >= 0 and self.trace.inst_version[i] == version and spills and self.tables.may_spill[storage]
+
+    def read_back(self, storage: int, version: int) -> None:
+        """Read the value from disk; if no copy is there, write it at its last use."""
         if self.disk[storage] != version:
-            i = self.instance[storage]
-            spills = storage in self.decisions.spilled or self.tables.problem.storages[storage].persistent
-            if i < 0 or self.trace.inst_version[i] != version or not spills or not self.tables.may_spill[storage]:
-                return False
-            self.trace.writes.append(i)
+            self.trace.writes.append(self.instance[storage])
             self.disk[storage] = version
         self.born(storage, version, self.event(READ, storage), self.group)
-        return True
 
     def run(self, op: int) -> None:
         """Run the op: everything it needs is available."""
@@ -216,16 +219,23 @@ class Decoder:
             else:
                 self.born(storage, 1, event, self.group)
 
+    def missing(self, needs: list[Value]) -> list[Value]:
+        """Those to bring back, in the order in which to do it: recompute first, read from disk right before the use."""
+        gone = [value for value in needs if not self.available(*value)]
+        return sorted(gone, key=lambda value: self.on_disk(*value)) if len(gone) > 1 else gone
+
     def obtain(self, needs: list[Value], first: int = -1) -> None:
         """Make the values available, then run op `first` (if any). Depth first, with an explicit stack."""
-        stack = [(first, needs, 0)]
+        stack = [(first, self.missing(needs), 0)]
         open_ops = {first}
         while stack:
             op, wanted, position = stack.pop()
             while position < len(wanted):
                 storage, version = wanted[position]
-                if not self.available(storage, version) and not self.read_back(storage, version):
-                    break
+                if not self.available(storage, version):
+                    if not self.on_disk(storage, version):
+                        break
+                    self.read_back(storage, version)
                 position += 1
             if position == len(wanted):
                 open_ops.discard(op)
@@ -235,7 +245,8 @@ class Decoder:
             producer = self.tables.producer.get(wanted[position], -1)
             self.check_rerun(producer, open_ops, wanted[position], op if op != first else -1)
             open_ops.add(producer)
-            stack += [(op, wanted, position), (producer, self.tables.needs(producer, self.choice[producer]), 0)]
+            inner = self.missing(self.tables.needs(producer, self.choice[producer]))
+            stack += [(op, wanted, position), (producer, inner, 0)]
 
     def check_rerun(self, producer: int, open_ops: set[int], value: Value, asker: int) -> None:
         """The value's producer may run again. The error blames what the op that asks for the value makes."""

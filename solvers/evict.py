@@ -38,6 +38,7 @@ class Closure:
     """What bringing a value back takes: microseconds, inputs kept longer, storages rebuilt, ops run again."""
 
     cost_us: float = 0.0
+    visits: int = 0  # never rolled back: it bounds the search for the closure
     extended_bytes: int = 0
     extended: list[int] = field(default_factory=list)
     rebuilt: list[int] = field(default_factory=list)
@@ -247,6 +248,7 @@ class Round:
         producer = tables.producer.get((storage, version), -1)
         if producer < 0 or not tables.problem.ops[producer].rerunnable or storage in self.rates.lost:
             return False
+        closure.visits += 1
         closure.rebuilt.append(storage)
         if producer in closure.ops:
             return True
@@ -254,7 +256,7 @@ class Round:
         choice = self.decisions.choice[producer]
         if not self.runs_nearby(producer, use):
             closure.cost_us += tables.problem.ops[producer].choices[choice].time_us
-        if len(closure.ops) > self.closure_limit:
+        if closure.visits > self.closure_limit:
             return False
         for need, need_version in tables.needs(producer, choice):
             chained = need == storage and tables.created_by[need] >= 0

@@ -133,10 +133,11 @@ def random_plan(seed: int) -> Planned:
     graph = chain(chance.randint(1, 7), seed)
     costs = Costs({op.name: OpCost(chance.randint(1, 500), 64 * chance.randint(0, 40)) for op in graph.ops}, 100.0, 50.0, 30)
     everything = planned(graph, costs, 10**9, offload=False).plan.keep_all_bytes
+    offload = chance.random() < 0.5
     try:
-        return planned(graph, costs, int(everything * chance.uniform(0.3, 1.1)), offload=chance.random() < 0.5)
+        return planned(graph, costs, int(everything * chance.uniform(0.3, 1.1)), offload)
     except BudgetInfeasible as error:
-        return planned(graph, costs, error.smallest_bytes, offload=True)
+        return planned(graph, costs, error.smallest_bytes, offload)
 
 
 @cache

@@ -180,6 +180,22 @@ def test_too_small_a_budget_is_refused_with_the_smallest_that_works() -> None:
     assert torch.isfinite(compiled(*batch()))
 
 
+def test_dropped_gradients_are_freed_and_change_nothing_else() -> None:
+    """grads="drop" leaves `.grad` None and every parameter as with "keep"; a refusal of "keep" says what it would save."""
+    model, _, step = small_step()
+    twin, _, twin_step = small_step()
+    dropping, keeping = optimize(step, "10MB", grads="drop", effort="fast"), optimize(twin_step, "10MB", effort="fast")
+    for _ in range(3):
+        for compiled in (dropping, keeping):
+            torch.manual_seed(5)
+            compiled(*batch())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(parameter.grad is not None for parameter in twin.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    with pytest.raises(BudgetInfeasible, match="drop"):
+        optimize(small_step()[2], "1KB", example=batch())
+
+
 def test_bad_arguments_give_typed_errors(disk_folder: Path) -> None:
     """A step that is no function, an unknown scheme, a missing store: each has its own error and a fix."""
     _, _, step = small_step()

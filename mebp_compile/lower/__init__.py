@@ -45,6 +45,12 @@ def _without_cleared_gradients(graph: Graph, cleared: tuple[str, ...]) -> Graph:
     return replace(graph, storages=storages)
 
 
+def drop_gradients(graph: Graph, cleared: tuple[str, ...]) -> Graph:
+    """The graph that leaves no `.grad` behind where the next step would clear it unread: each is freed after its last use."""
+    gone = {f"gradient:{name}" for name in cleared}
+    return replace(graph, results=tuple(result for result in graph.results if result[0] not in gone))
+
+
 class _Lowering:
     """Walks the fx nodes once, in order, and files what each one makes."""
 

@@ -60,7 +60,7 @@ def small(seed: int) -> Problem:
     count = draw.randint(4, 7)
     for k in range(count):
         creates = [b.storage(f"s{k}.{j}", draw.randint(1, 6) * 10, movable=draw.random() < 0.5)
-                   for j in range(draw.choice([0, 1, 1, 1, 1, 2]))]
+                   for j in range(draw.choice([0, 1, 1, 1, 1, 2]) if len(live) < 5 else draw.choice([0, 1, 1]))]
         old = [s for s in live if s not in creates]
         writes = (draw.choice(old),) if draw.random() < 0.3 else ()
         rest = [s for s in old if s not in writes]
