@@ -13,7 +13,7 @@ from typing import Any
 import torch.utils._pytree as pytree
 
 from mebp_compile import artifacts, cache, codegen, explain, viz
-from mebp_compile.capture import State, capture, find_state
+from mebp_compile.capture import State, capture, find_state, initialise_optimizer
 from mebp_compile.capture.contract import contract_of
 from mebp_compile.compare import Comparison, compare
 from mebp_compile.config import Options, dump_dir, parse_budget
@@ -182,6 +182,9 @@ class CompiledStep:
             made = build(self.step_fn, self.state, self.options, (batch, kwargs), self.streamed, self.tell)
             if key:
                 cache.keep(key, *made)
+        else:  # what a capture does first
+            for optimizer in self.state.optimizers.values():
+                initialise_optimizer(optimizer)
         if (folder := dump_dir()) is not None:
             artifacts.save_artifacts(folder / f"{len(self.programs):02d}", *made[1:])
         return made

@@ -1,13 +1,14 @@
 """Costs: microseconds and workspace of every op of a graph, and the speed of the disk, on this machine.
 
-Each distinct call (op, shapes, strides, dtypes, constants) is measured once in a spawned child and kept in the cache folder, in a file named
-after everything that a time depends on. The same child checks which tilings of a matmul are bit-equal at the very shapes used.
+Each distinct call (op, shapes, strides, dtypes, constants) is measured once in a spawned child and kept in the cache folder, in a file
+named after everything that a time depends on. The same child checks which tilings of a matmul are bit-equal at the very shapes used.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 from collections.abc import Callable, Iterable
@@ -19,13 +20,16 @@ import torch
 
 from mebp_compile.config import Options, cache_dir
 from mebp_compile.errors import CacheError
-from mebp_compile.graph import Arg, Const, Graph, LoopChoice, Op, Ref, Value
+from mebp_compile.graph import Arg, Const, Graph, LoopChoice, Op, Ref, Value, inputs_of
 from mebp_compile.lower.stream import MATMULS, Record, tile_size
 from mebp_compile.measure.disk import measure_disk
 from mebp_compile.measure.ops import measure_ops
 from mebp_compile.plan import Costs, OpCost
 
 CALL_US = 2  # what Python needs to make any call
+ROW_US = 10  # one row of a table, read from disk and dequantised
+SORT_BYTES = 96  # for each id: its sorted copy, permutation, inverse and their scratch
+LOOK_UP_BYTES = 65536
 Json = dict[str, Any]
 Progress = Callable[[str], None] | None
 FILLED_LIKE = {"bool": "mask", "uint8": "index:16", "int64": "index:2", "int32": "index:2"}
@@ -38,7 +42,7 @@ def measure_costs(graph: Graph, options: Options, records: dict[str, Record] | N
     checks = {f"{op.name}/{choice.trips}": _check(graph, op, choice.trips) for op in graph.ops for choice in op.menu}
     tiles = {f"{op.name}/{choice.trips}": _tile_request(graph, op, choice.trips) for op in graph.ops for choice in op.menu}
     results = table.lookup([*wanted.values(), *checks.values(), *tiles.values()], progress)
-    costs = {name: _cost(results, request) for name, request in wanted.items()}
+    costs = {op.name: _op_cost(graph, op, results, wanted[op.name], records or {}) for op in graph.ops}
     ops = tuple(replace(op, menu=tuple(_priced(graph, op, costs, results, checks, tiles))) if op.menu else op for op in graph.ops)
     disk = table.disk(options.offload_dir) if options.offload_dir is not None else None
     speeds = (disk["read"], disk["write"], disk["latency"]) if disk else (1000.0, 500.0, 100)
@@ -130,6 +134,28 @@ def _matmul_shape(graph: Graph, op: Op) -> tuple[int, int, int]:
 # --- what comes back ---
 
 
+def _op_cost(graph: Graph, op: Op, results: dict[str, Json], request: Json | None, records: dict[str, Record]) -> OpCost:
+    """Of one op as measured; by its own rule for a lookup on disk; and where the op alone could not be measured, with room for all
+    that it touches."""
+    if op.target == "run.embedding":
+        return _look_up_cost(graph, op, records)
+    if request is None or "error" not in results.get(_key(request), {}):
+        return _cost(results, request)
+    touched = {graph.storage_of(name) for name in (*inputs_of(op), *(name for name in op.outputs if name))}
+    return OpCost(CALL_US, sum(graph.storages[storage].size_bytes for storage in touched))
+
+
+def _look_up_cost(graph: Graph, op: Op, records: dict[str, Record]) -> OpCost:
+    """Rows of a table on disk: the packed and the dense rows, and what sorting the ids for `torch.unique` takes; each row is a small
+    read."""
+    packed = next(storage for storage in graph.storages if storage.role == "weight" and storage.name == f"{op.args[0]}_packed")
+    record = records[packed.source.replace("weight:", "parameter:", 1)]
+    count = math.prod(graph.value[op.args[1].name].shape)
+    dense_bytes = graph.storages[op.creates[0]].size_bytes
+    packed_bytes = -(-record.size_bytes // record.codes_shape[0]) * count
+    return OpCost(CALL_US + ROW_US * count, dense_bytes + packed_bytes + SORT_BYTES * count + LOOK_UP_BYTES)
+
+
 def _cost(results: dict[str, Json], request: Json | None) -> OpCost:
     answer = results.get(_key(request), {}) if request else {}
     return OpCost(CALL_US + int(answer.get("time_us") or 0), int(answer.get("workspace_bytes") or 0))
@@ -174,6 +200,17 @@ def _key(request: Json | None) -> str:
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:24]
 
 
+def _measured(requests: dict[str, Any]) -> dict[str, Json]:
+    return measure_ops([{"key": key, **request} for key, request in requests.items()], imports=["mebp_compile.quant"])
+
+
+def _with_zeros(request: Any) -> Any:
+    """The request with integers zero: an index that is valid wherever any is."""
+    if isinstance(request, dict):
+        return {key: "zeros" if key == "fill" and str(value).startswith("index:") else _with_zeros(value) for key, value in request.items()}
+    return [_with_zeros(item) for item in request] if isinstance(request, list) else request
+
+
 class CostTable:
     """Measured results by request, kept in one JSON file a machine."""
 
@@ -188,7 +225,8 @@ class CostTable:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, KeyError) as error:
-            raise CacheError(f"the cost table {self.path} can't be read: {error}", "delete it, or set MEBP_CACHE to another folder") from error
+            message = f"the cost table {self.path} can't be read: {error}"
+            raise CacheError(message, "delete it, or set MEBP_CACHE to another folder") from error
 
     def lookup(self, requests: Iterable[Json | None], progress: Progress = None) -> dict[str, Json]:
         """Results by key, measuring what is not known yet."""
@@ -196,8 +234,9 @@ class CostTable:
         if missing:
             if progress:
                 progress(f"measuring {len(missing)} ops")
-            answers = measure_ops([{"key": key, **request} for key, request in missing.items()], imports=["mebp_compile.quant"])
-            self.known.update(answers)
+            answers = _measured(missing)
+            again = {key: _with_zeros(missing[key]) for key, answer in answers.items() if "error" in answer}
+            self.known.update(answers | (_measured(again) if again else {}))
             self._save()
         return self.known
 
@@ -217,4 +256,5 @@ class CostTable:
             part.write_text(json.dumps({"machine": fingerprint(), "results": self.known}))
             part.replace(self.path)
         except OSError as error:
-            raise CacheError(f"the cost table {self.path} can't be written: {error}", "set MEBP_CACHE to a folder that can be written") from error
+            message = f"the cost table {self.path} can't be written: {error}"
+            raise CacheError(message, "set MEBP_CACHE to a folder that can be written") from error

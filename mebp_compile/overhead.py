@@ -1,11 +1,12 @@
 """What a tensor costs beyond its bytes: the one place that knows malloc's rounding and torch's objects. Torch-free.
 
 The budget is about memory, and every tensor also takes malloc's header and rounding, a TensorImpl and a StorageImpl; every view one more
-TensorImpl. None of it is much, but thousands of tensors are. The scheduling problem therefore holds *charged* bytes for what a step allocates:
-the storage's own bytes and this overhead, as an upper bound. What exists before the step is charged as it is.
+TensorImpl. None of it is much, but thousands of tensors are. The scheduling problem therefore holds *charged* bytes for what a step
+allocates: the storage's own bytes and this overhead, as an upper bound. What exists before the step is charged as it is.
 
-Measured with the malloc meter (torch 2.13, glibc 2.31 to 2.39, no_grad): a tensor of n bytes takes n + 312 to n + 355 from the heap; where malloc maps
-it on its own (128 KiB and more, at first) its end is rounded up to a page; a view takes 497 bytes with up to 5 dimensions and 617 with more.
+Measured with the malloc meter (torch 2.13, glibc 2.36, no_grad): a tensor of n bytes takes n + 312 to n + 355 from the heap;
+where malloc maps it on its own (128 KiB and more, at first) its end is rounded up to a page; a view takes 497 bytes with up to 5
+dimensions and 617 with more.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def allocated_bytes(size_bytes: int) -> int:
 
 
 def charged_sizes(graph: Graph, moved: Collection[int]) -> tuple[int, ...]:
-    """Bytes charged for each storage: with its overhead if a step allocates it, as it is if it exists before the step (unless it is in `moved`,
-    so that a step may read it into memory of its own) or holds a plain number."""
+    """Bytes charged for each storage: with its overhead if a step allocates it, as it is if it exists before the step (unless it is in
+    `moved`, so that a step may read it into memory of its own) or holds a plain number."""
     views = [-1] * len(graph.storages)
     for value in graph.values:
         views[value.storage] += 1
@@ -44,6 +45,7 @@ def charged_sizes(graph: Graph, moved: Collection[int]) -> tuple[int, ...]:
 
 
 def constant_overhead(graph: Graph) -> int:
-    """What a step needs throughout: a tensor object for each value of what exists before it, and saved generator states for draws that may run again."""
+    """What a step needs throughout: a tensor object for each value of what exists before it, and saved generator states for draws that
+    may run again."""
     outside = sum(1 for value in graph.values if graph.storages[value.storage].role in PERSISTENT)
     return STEP_BYTES + VIEW_BYTES * outside + RNG_STATE_BYTES * sum(op.rng for op in graph.ops)

@@ -26,7 +26,8 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Placement:
-    """offsets: arena offset of a storage by (step that makes it, storage). peak_bytes: arena + allocator + workspace + constant at the worst step."""
+    """offsets: arena offset of a storage by (step that makes it, storage). peak_bytes: arena + allocator + workspace + constant at the
+    worst step."""
 
     offsets: dict[tuple[int, int], int]
     arena_bytes: int
@@ -75,7 +76,8 @@ def lives(graph: Graph, problem: Problem, schedule: Schedule) -> list[Life]:
 
 
 def place_under(graph: Graph, problem: Problem, schedule: Schedule) -> Placement:
-    """The placement of most bytes whose footprint stays within the problem's budget: arenas of several sizes are tried, the empty one last."""
+    """The placement of most bytes whose footprint stays within the problem's budget: arenas of several sizes are tried, the empty one
+    last."""
     every = lives(graph, problem, schedule)
     steps = len(schedule.steps)
     eligible = [life for life in every if life.fits_arena and life.size_bytes >= SMALLEST_BYTES]
@@ -124,10 +126,11 @@ def _arena_sizes(eligible: list[Life], most_bytes: int, steps: int) -> list[int]
 
 
 def pack(eligible: list[Life], arena_bytes: int, room: Ints, work: Work) -> Packed | None:
-    """First fit under a cap. `room[t]` is what the arena and the lives outside of it may take together at step t; None where that is exceeded.
+    """First fit under a cap. `room[t]`: what the arena and the lives outside of it may take together at step t; None where that is
+    exceeded.
 
-    Lives larger than the arena stay outside; those for which there is no room outside are placed first, then the others, each kind from the largest on. One
-    that then fits neither inside nor outside moves to the front, and all begins again.
+    Lives larger than the arena stay outside; those for which there is no room outside are placed first, then the others, each kind from the
+    largest on. One that then fits neither inside nor outside moves to the front, and all begins again.
     """
     spare = Spare(room - arena_bytes)
     order = sorted(eligible, key=lambda life: (-life.size_bytes, life.start))
@@ -137,10 +140,11 @@ def pack(eligible: list[Life], arena_bytes: int, room: Ints, work: Work) -> Pack
     forced = [life for life in inside if not spare.has(life)]
     for _ in range(RESTARTS):
         front = set(map(id, forced))
-        arena, stuck = _first_fit([*forced, *(life for life in inside if id(life) not in front)], arena_bytes, Spare(spare.left.copy()), work)
+        tried = [*forced, *(life for life in inside if id(life) not in front)]
+        arena, stuck = _first_fit(tried, arena_bytes, Spare(spare.left.copy()), work)
         if stuck is None:
-            height = max((offset + life.size_bytes for life, offset in zip(arena.lives, arena.offsets, strict=True)), default=0)
-            return Packed(arena.lives, arena.offsets, height)
+            tops = [offset + life.size_bytes for life, offset in zip(arena.lives, arena.offsets, strict=True)]
+            return Packed(arena.lives, arena.offsets, max(tops, default=0))
         if id(stuck) in front and forced[0] is stuck:
             return None
         forced = [stuck, *(life for life in forced if life is not stuck)]

@@ -1,7 +1,8 @@
 """Plan: Graph and costs -> Problem -> schedule -> offsets. Torch-free; costs come as a plain table.
 
 The footprint that the budget bounds is  arena + allocator(t) + workspace(t) + constant  at every step t of the schedule: storages placed in
-the arena cost its whole size all the time, the others their bytes while they live. `solvers.check` proves the storages, `_footprint` the sum.
+the arena cost its whole size all the time, the others their bytes while they live. `solvers.check` proves the storages, `_footprint` the
+sum.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import solvers
-from mebp_compile.errors import BudgetInfeasible
 from mebp_compile.config import format_bytes
+from mebp_compile.errors import BudgetInfeasible, GraphError
 from mebp_compile.graph import PERSISTENT, Graph, Value
 from mebp_compile.overhead import charged_sizes, constant_overhead
 from mebp_compile.place import Placement, place_under
@@ -75,7 +76,7 @@ class Plan:
 def build_problem(
     graph: Graph, costs: Costs, budget_bytes: int, offload: bool, grads: str = "keep", movable: Sequence[str] = MOVABLE
 ) -> Problem:
-    """The scheduling problem of a graph: every storage with the bytes charged for it (`overhead`), every op with its measured cost, in graph order."""
+    """The scheduling problem of a graph, in its order: every storage with the bytes charged for it (`overhead`), every op with its cost."""
     outputs = {graph.storage_of(name) for path, name in graph.results if grads == "keep" or not path.startswith("gradient:")}
     may_leave = homes(graph, offload, grads, movable)
     charged = charged_sizes(graph, may_leave)
@@ -111,13 +112,12 @@ def build_problem(
 
 def _unused(storage: solvers.Storage, keeps_home: bool) -> solvers.Storage:
     """A storage that no op touches: a number, or state that this step does not need, which may still be on disk."""
-    return replace(
-        storage, size_bytes=storage.size_bytes if storage.persistent else 0, movable=storage.movable and keeps_home, persistent=True, output=False
-    )
+    size_bytes = storage.size_bytes if storage.persistent else 0
+    return replace(storage, size_bytes=size_bytes, movable=storage.movable and keeps_home, persistent=True, output=False)
 
 
 def homes(graph: Graph, offload: bool, grads: str = "keep", roles: Sequence[str] = MOVABLE) -> frozenset[int]:
-    """Persistent storages that need not be in memory between steps: packed weights in a store; with `offload`, parameters and optimizer state.
+    """Persistent storages that need not be in memory between steps: packed weights; with `offload`, parameters and optimizer state.
 
     A parameter or entry of optimizer state qualifies if it is one tensor that fills its storage alone (no view, no slice of a flat buffer),
     is not itself a result of the step, and has no gradient outside the step (`.grad` can't lie in memory when its parameter does not).
@@ -189,6 +189,9 @@ def make_plan(
         ) from None
     report = solvers.replay(problem, solution.schedule)
     placement = place_under(graph, problem, solution.schedule)
+    if placement.peak_bytes > problem.budget_bytes:
+        message = f"the placement needs {placement.peak_bytes:,} bytes, the budget is {problem.budget_bytes:,}"
+        raise GraphError(message, "report this problem: `step.save` writes it")
     everything = solvers.replay(problem, keep_all(problem), enforce_budget=False)
     return Plan(
         problem=problem,
@@ -205,8 +208,20 @@ def make_plan(
     )
 
 
+def make_plans(
+    graph: Graph, problem: Problem, budgets: Sequence[int], effort: str = "balanced", time_limit_s: float = 20.0
+) -> list[Plan]:
+    """One plan for each budget, in the order given. Predicted time never falls as the budget shrinks: a larger budget may do what a smaller
+    one's schedule does. Raises BudgetInfeasible for the first, from the smallest on, that nothing fits."""
+    plans: dict[int, Plan] = {}
+    for budget_bytes in sorted(set(budgets)):
+        hints = [plan.schedule for plan in plans.values()]
+        plans[budget_bytes] = make_plan(graph, problem.with_budget(budget_bytes), effort, time_limit_s, hints)
+    return [plans[budget_bytes] for budget_bytes in budgets]
+
+
 def tensor_peak(graph: Graph, problem: Problem, schedule: Schedule) -> int:
-    """Largest sum of storages, to the byte: without overhead, and without workspace except that of Loops, whose tiles are tensors too."""
+    """Largest sum of storages, to the byte: no overhead, and no workspace except that of Loops, whose tiles are tensors too."""
     bare = replace(
         problem,
         constant_bytes=0,

@@ -24,6 +24,8 @@ from torch.nn.utils import stateless
 
 from mebp_compile.errors import GraphError
 
+FRAMES_KEPT = 3  # of the stack of each node
+
 DataDependent = GuardOnDataDependentSymNode
 
 
@@ -115,7 +117,14 @@ def _transformers_branch_as_in_eager() -> Iterator[None]:
 
 
 def make_fx(function: Callable[..., Any], fakes: list[torch.Tensor]) -> torch.fx.GraphModule:
-    return proxy_tensor.make_fx(function, record_stack_traces=True)(*fakes)
+    with mock.patch.object(proxy_tensor.PythonKeyTracer, "_filter_traceback_frames", _user_frames):
+        return proxy_tensor.make_fx(function, record_stack_traces=True)(*fakes)
+
+
+def _user_frames(tracer: Any, frames: traceback.StackSummary) -> traceback.StackSummary:
+    """The innermost frames outside torch and this package (torch itself keeps only those below a function named `forward`)."""
+    own = [frame for frame in frames if "/torch/" not in frame.filename and "/mebp_compile/" not in frame.filename]
+    return traceback.StackSummary.from_list(own[-FRAMES_KEPT:])
 
 
 def reparametrized(module: nn.Module, tensors: dict[str, torch.Tensor]) -> contextlib.AbstractContextManager[Any]:
@@ -202,7 +211,7 @@ def is_random(target: Any) -> bool:
 def user_line() -> str:
     """`file:line` of the innermost frame that belongs to neither torch nor this package."""
     for frame in reversed(traceback.extract_stack()):
-        if "/torch/" not in frame.filename and "mebp_compile" not in frame.filename:
+        if "/torch/" not in frame.filename and "/mebp_compile/" not in frame.filename:
             return f"{frame.filename}:{frame.lineno}"
     return ""
 

@@ -166,8 +166,12 @@ class Model:
         """constant + sum_s size_s m[e, s] + (creates + workspace) ran[e] <= budget."""
         op, size = self.problem.ops[self.events[event].op], self.tables.size
         made = sum(size[s] for s in op.creates)
-        used = sum(size[value[0]] * self.m[event, value] for values in self.values for value in values
-                   if (event, value) in self.m)
+        used = sum(
+            size[value[0]] * self.m[event, value]
+            for values in self.values
+            for value in values
+            if (event, value) in self.m
+        )
         run = sum((made + choice.workspace_bytes) * self.c[event, j] for j, choice in enumerate(op.choices))
         self.model.add(used + run + self.problem.constant_bytes <= self.problem.budget_bytes)
 
@@ -241,9 +245,7 @@ class Model:
     def schedule(self, solver: CpSolver) -> Schedule:
         """The steps of the solver's answer."""
         steps: list[Step] = []
-        resident = frozenset(
-            s for s, home in self.resident.items() if self._movable(s) and solver.value(home) == 1
-        )
+        resident = frozenset(s for s, home in self.resident.items() if self._movable(s) and solver.value(home) == 1)
         live = {s: 0 for s, home in self.resident.items() if solver.value(home) == 1}
         for boundary in range(len(self.events) + 1):
             steps += self._boundary_steps(solver, boundary, live)

@@ -129,9 +129,7 @@ def _place_writes(tables: Tables, trace: Trace, clock: Ints, slack: Ints, result
         result.release[i] = release
 
 
-def _place_reads(
-    tables: Tables, trace: Trace, clock: Ints, slack: Ints, result: Transfers, margin: float
-) -> None:
+def _place_reads(tables: Tables, trace: Trace, clock: Ints, slack: Ints, result: Transfers, margin: float) -> None:
     """From the last read to the first: start so that it is complete in time, but not before memory allows."""
     earliest = _earliest_issues(trace, result)
     free_until = float(clock[-1])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from solvers.bounds import working_set
 from solvers.decode import Decisions, DecodeError, Tables, decode
 from solvers.emit import profile
 from solvers.evict import Rates, Round, State
@@ -38,12 +39,13 @@ def descend(tables: Tables, transfer_weight: float, patience: int = 12) -> Itera
     rates = Rates(transfer_weight, 0 if small else int(state.profile.peak_bytes * TINY_FRACTION))
     rates.price_us_per_byte = 0.01 * (state.profile.compute_us + 1) / (state.profile.peak_bytes + 1)
     best, idle = state.profile.peak_bytes, 0
-    while idle < patience:
+    least = working_set(tables.problem)[0]
+    while idle < patience and best > least:
         peak = state.profile.peak_bytes
         target = peak - 1 if small else int(peak * (0.96 if idle == 0 else 0.99))
         following = next_state(tables, state, target, rates)
         if following is None and rates.tiny_bytes:
-            rates.tiny_bytes //= 30
+            rates.tiny_bytes = rates.tiny_bytes // 30 if rates.tiny_bytes > 1000 else 0
             continue
         if following is None:
             break

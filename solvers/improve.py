@@ -138,9 +138,7 @@ def _fitting(tables: Tables, state: State, undos: list[Undo]) -> list[Undo]:
     return chosen
 
 
-def _try(
-    tables: Tables, state: State, undos: list[Undo], weight: float, deadline: float, trials: list[int]
-) -> State:
+def _try(tables: Tables, state: State, undos: list[Undo], weight: float, deadline: float, trials: list[int]) -> State:
     """Take all back together; where that doesn't help, each half in turn. trials[0]: how many more are allowed."""
     if time.monotonic() > deadline or trials[0] <= 0:
         return state
@@ -224,5 +222,3 @@ def _perturbed(tables: Tables, decisions: Decisions, trace: Trace, draw: random.
     fastest = [min(range(len(op.choices)), key=lambda k: (op.choices[k].time_us, k)) for op in tables.problem.ops]
     result.choice = [best if draw.random() < share else now for best, now in zip(fastest, result.choice, strict=True)]
     return result
-
-

@@ -18,7 +18,7 @@ from solvers.problem import Problem
 from solvers.schedule import Free, Prefetch, Run, Schedule
 
 ALIGNMENT_BYTES = 64
-SEARCH_WORK = 20_000  # lifespans placed by the local search, roughly
+SEARCH_WORK = 40_000  # lifespans placed by the local search, roughly
 
 
 class OffsetError(ValueError):

@@ -20,6 +20,7 @@ EFFORTS = ("fast", "balanced", "proof")
 TRANSFER_WEIGHTS = (0.3, 1.0)
 READ_MARGINS = (1.0, 1.5, 2.5)
 SEARCH_ROUNDS = 400
+GOOD_ENOUGH = 1.005  # times the bound: no second greedy path
 EXACT_OPS = 40
 
 
@@ -87,8 +88,9 @@ def solve(
 ) -> Solution:
     """The fastest schedule found within the budget.
 
-    effort: "fast" (greedy), "balanced" (and search, and on small problems the exact model), "proof" (exact model until
-    the limit). The limit cuts only what comes after the greedy answer. hints: schedules to start from.
+    effort: "fast" (greedy), "balanced" or "proof" (and search, and on problems of up to EXACT_OPS ops the exact model
+    for the rest of the limit; both are the same today). The limit cuts only what comes after the greedy answer.
+    hints: schedules to start from.
     Raises ProblemError for a malformed problem, Infeasible if nothing fits, ValueError for an unknown effort.
     """
     if effort not in EFFORTS:
@@ -101,7 +103,7 @@ def solve(
     smallest_found = _offer_greedy(tables, best, effort, deadline, seed, progress)
     exact_bound = _offer_exact(problem, best, effort, deadline)
     if best.schedule is None or best.report is None:
-        raise Infeasible(min(smallest_found), *working_set(problem))
+        raise Infeasible(min(smallest_found), *working_set(problem))  # no path was skipped without a schedule
     bound = roofline_us(problem)
     gap = best.report.time_us / bound - 1 if bound else 0.0
     return Solution(best.schedule, best.report, bound, gap, best.method, exact_bound)
@@ -124,10 +126,12 @@ def _tightness(state: State) -> tuple[int, int]:
 def _offer_greedy(
     tables: Tables, best: _Best, effort: str, deadline: float, seed: int, progress: Callable[[str], None] | None
 ) -> list[int]:
-    """Walk down each greedy path to the budget, refill, search; returns the smallest peak of each path."""
-    smallest_found = []
+    """Walk down each greedy path to the budget, refill, search; returns the smallest peak of each path walked."""
+    smallest_found: list[int] = []
     bound = roofline_us(tables.problem)
     for weight in TRANSFER_WEIGHTS:
+        if best.report and (best.report.time_us <= GOOD_ENOUGH * bound or time.monotonic() > deadline):
+            break
         path = list(_until_fit(tables, weight))
         smallest_found.append(min(state.profile.peak_bytes for state in path))
         if smallest_found[-1] > tables.problem.budget_bytes:
@@ -138,9 +142,7 @@ def _offer_greedy(
         _offer_state(tables, best, state, "greedy")
         if progress and best.report:
             progress(f"greedy (transfers x {weight}): {best.report.time_us / 1e6:.4f} s")
-        if best.report and best.report.time_us <= bound:
-            break
-        if effort == "balanced":
+        if effort != "fast" and best.report and best.report.time_us > bound:
             share = time.monotonic() + (deadline - time.monotonic()) / (2 if weight == TRANSFER_WEIGHTS[0] else 1)
             _offer_state(tables, best, search(tables, state, weight, share, SEARCH_ROUNDS, seed, progress), "search")
     return smallest_found

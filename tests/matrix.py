@@ -1,7 +1,8 @@
-"""The matrix of laws 1 and 2: a family with an optimizer, trained under budgets from the smallest that works to keep-all, in a child of its own.
+"""The matrix of laws 1 and 2: a family with an optimizer, trained under budgets from the smallest that works to keep-all, in its own child.
 
-`run_row` is called in a child that has the malloc meter preloaded. It captures the step once, and for each budget makes a fresh training, plans, and
-runs CALLS steps: plain ones, one under the storage meter and one under the malloc meter, each compared in raw bytes with the eager training.
+`run_row` is called in a child that has the malloc meter preloaded. It captures the step once, and for each budget makes a fresh training,
+plans, and runs CALLS steps: plain ones, one under the storage meter and one under the malloc meter, each compared in raw bytes with
+eager's.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ from mebp_compile import codegen
 from mebp_compile.capture import find_state, initialise_optimizer
 from mebp_compile.compiler import CompiledStep, build
 from mebp_compile.config import Options
+from mebp_compile.errors import BudgetInfeasible
+from mebp_compile.graph import Graph
 from mebp_compile.measure.child import run_child
-from mebp_compile.plan import make_plan
-from mebp_compile.runtime.metering import meter_process, meter_storages
+from mebp_compile.measure.process import limit_data, malloc_trim, rss
+from mebp_compile.plan import Plan, make_plan
+from mebp_compile.runtime.metering import ProcessReading, kept_storage_bytes, meter_process, meter_storages
+from solvers.baselines import keep_all
 
 FRACTIONS = (0.0, 0.2, 0.55, 1.0)  # of the way from the smallest budget found to keep-all
 OPTIMIZERS = ("adamw", "sgd-momentum", "adamw-foreach")
@@ -39,6 +44,7 @@ RECIPES = {
     "vit": Recipe("vit", batch_size=32, dropout=0.1),
     "resnet": Recipe("resnet", batch_size=32),
 }
+LIMITED = (("hidden_size", 128), ("intermediate_size", 384), ("num_hidden_layers", 4))  # many activations, few weights
 
 
 @dataclass(frozen=True)
@@ -71,68 +77,66 @@ def run_row(request: dict[str, Any]) -> dict[str, Any]:
     recipe = RECIPES[request["family"]].but(optimizer=request["optimizer"])
     folder = Path(request["folder"])
     shared = Shared(folder)
-    problem = shared.first_problem(recipe)
-    refusal = refusal_below(shared, problem)
-    smallest, largest = refusal["smallest_bytes"], keep_all_bytes(problem)
+    problems = shared.problems(recipe)
+    refusal = max((refusal_below(*pair) for pair in problems), key=lambda item: item["smallest_bytes"])
+    smallest, largest = refusal["smallest_bytes"], max(keep_all_bytes(problem) for _, problem in problems)
     eager = eager_calls(recipe)
-    cells = []
-    hints: tuple[solvers.Schedule, ...] = ()
-    for fraction in request["fractions"]:
-        step, cell = run_cell(recipe, shared, int(smallest + (largest - smallest) * fraction), eager, hints)
-        hints = (*hints, step.plan.schedule)
-        cells.append(asdict(cell))
-    return {"refusal": refusal, "cells": cells}
+    budgets = [int(smallest + (largest - smallest) * fraction) for fraction in request["fractions"]]
+    return {"refusal": refusal, "cells": [asdict(run_cell(recipe, shared, budget, eager)) for budget in budgets]}
 
 
 class Shared:
-    """Captures by guards' signature, shared by the trainings of one row: only budgets differ between them."""
+    """Captures by guards' signature, shared by the trainings of one row, for only budgets differ between them; and the schedules of the
+    budgets so far, which a larger budget may use too."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.captured: dict[Any, Any] = {}
+        self.captured: dict[str, Any] = {}
+        self.hints: dict[str, list[solvers.Schedule]] = {}
 
     def options(self, budget_bytes: int) -> Options:
         return Options(budget_bytes, self.folder, effort="fast", cache=False)
 
-    def first_problem(self, recipe: Recipe) -> tuple[Any, solvers.Problem]:
-        """Graph and problem of the first call."""
+    def problems(self, recipe: Recipe) -> list[tuple[Graph, solvers.Problem]]:
+        """Graph and problem of every program that a training needs: momentum buffers make the first step of SGD differ from the others."""
         training = recipe.build()
         step = PlannedAgain(self, training, LARGE)
-        _, graph, plan, _ = step._planned(training.batch(0), {})
-        return graph, plan.problem
+        for call in range(2):
+            step(*training.batch(call))
+        self.hints.clear()
+        return [(graph, plan.problem) for _, graph, plan, _ in self.captured.values()]
 
 
 class PlannedAgain(CompiledStep):
     """A compiled step that takes captures from `Shared` and plans them for its own budget."""
 
-    def __init__(self, shared: Shared, training: Training, budget_bytes: int, hints: tuple[solvers.Schedule, ...] = ()) -> None:
+    def __init__(self, shared: Shared, training: Training, budget_bytes: int) -> None:
         super().__init__(training.step, find_state(training.step, None), shared.options(budget_bytes))
-        self.shared, self.hints = shared, hints
+        self.shared = shared
 
     def _planned(self, batch: Any, kwargs: Any) -> Any:
         key = str(self._signature(batch, kwargs))
         if key not in self.shared.captured:
             self.shared.captured[key] = build(self.step_fn, self.state, self.shared.options(LARGE), (batch, kwargs), None, self.tell)
-        contract, graph, loose, code = self.shared.captured[key]
+        contract, graph, loose, _ = self.shared.captured[key]
         for optimizer in self.state.optimizers.values():
             initialise_optimizer(optimizer)
-        plan = make_plan(graph, loose.problem.with_budget(self.options.budget_bytes), self.options.effort, hints=self.hints)
+        hints = self.shared.hints.setdefault(key, [])
+        plan = make_plan(graph, loose.problem.with_budget(self.options.budget_bytes), self.options.effort, hints=tuple(hints))
+        hints.append(plan.schedule)
         return contract, graph, plan, codegen.generate(graph, plan)
 
 
-def keep_all_bytes(problem: tuple[Any, solvers.Problem]) -> int:
-    from solvers.baselines import keep_all
-
-    return solvers.replay(problem[1], keep_all(problem[1]), enforce_budget=False).peak_bytes
+def keep_all_bytes(problem: solvers.Problem) -> int:
+    return solvers.replay(problem, keep_all(problem), enforce_budget=False).peak_bytes
 
 
-def refusal_below(shared: Shared, problem: tuple[Any, solvers.Problem]) -> dict[str, Any]:
+def refusal_below(graph: Graph, problem: solvers.Problem) -> dict[str, Any]:
     """What the refusal of an impossible budget says, and whether the byte below the smallest budget that it names is refused too."""
-    from mebp_compile.errors import BudgetInfeasible
 
     def refuse(budget_bytes: int) -> BudgetInfeasible | None:
         try:
-            make_plan(problem[0], problem[1].with_budget(budget_bytes), "fast")
+            make_plan(graph, problem.with_budget(budget_bytes), "fast")
         except BudgetInfeasible as error:
             return error
         return None
@@ -146,7 +150,7 @@ def refusal_below(shared: Shared, problem: tuple[Any, solvers.Problem]) -> dict[
         "binding_op": first.binding_op,
         "message": str(first),
         "refused_below": again is not None,
-        "ops": [op.name for op in problem[0].ops],
+        "ops": [op.name for op in graph.ops],
     }
 
 
@@ -162,10 +166,10 @@ def eager_calls(recipe: Recipe) -> list[tuple[Any, Any, bytes]]:
     return result
 
 
-def run_cell(recipe: Recipe, shared: Shared, budget_bytes: int, eager: list[Any], hints: tuple[solvers.Schedule, ...]) -> tuple[CompiledStep, Cell]:
+def run_cell(recipe: Recipe, shared: Shared, budget_bytes: int, eager: list[Any]) -> Cell:
     """Train under one budget, comparing every call with eager and metering two of them."""
     training = recipe.build()
-    step = PlannedAgain(shared, training, budget_bytes, hints)
+    step = PlannedAgain(shared, training, budget_bytes)
     readings: dict[str, Any] = {}
     torch.manual_seed(7)
     for call, kind in enumerate(CALLS):
@@ -187,9 +191,44 @@ def run_cell(recipe: Recipe, shared: Shared, budget_bytes: int, eager: list[Any]
         assert raw(torch.get_rng_state()) == eager[call][2], f"{where}: the generator is in another state"
         del returned
         training.between(call)
-    plan = step.plan
-    cell = Cell(
-        recipe.family, recipe.optimizer, budget_bytes, plan.tensor_bytes, readings[STORAGES].peak_bytes, plan.peak_bytes, readings[PROCESS].malloc_bytes,
-        readings[PROCESS].anon_bytes, plan.placement.arena_bytes, plan.report.recomputes, plan.report.offloads, plan.time_us,
+    return cell_of(recipe, step.plan, readings[STORAGES].peak_bytes, readings[PROCESS])
+
+
+def cell_of(recipe: Recipe, plan: Plan, tensor_bytes: int, process: ProcessReading) -> Cell:
+    assert process.malloc_bytes is not None
+    return Cell(
+        recipe.family, recipe.optimizer, plan.problem.budget_bytes, plan.tensor_bytes, tensor_bytes, plan.peak_bytes,
+        process.malloc_bytes, process.anon_bytes, plan.placement.arena_bytes, plan.report.recomputes, plan.report.offloads, plan.time_us,
     )  # fmt: skip
-    return step, cell
+
+
+def limited_steps(request: dict[str, Any]) -> dict[str, str]:
+    """In the child: what becomes of a compiled and of a plain step where the process may grow by the budget, a share of it and some
+    slack."""
+    recipe = Recipe("llama", optimizer="sgd", sequence=256, batch_size=8, config=LIMITED)
+    training = recipe.build()
+    shared = Shared(Path(request["folder"]))
+    step = PlannedAgain(shared, training, LARGE)
+    _, _, loose, _ = step._planned(training.batch(0), {})
+    budget_bytes = int(solvers.smallest(loose.problem)[0] * 1.3)
+    step = PlannedAgain(shared, training, budget_bytes)
+    step(*training.batch(0))
+    program = step.prepare(*training.batch(1))
+    program.arrange()
+    malloc_trim()
+    kept_bytes = kept_storage_bytes(program, list(training.batch(1))) + program.engine.arena.nbytes
+    room_bytes = int(budget_bytes * (1 + request["share"])) + int(request["slack"]) - kept_bytes
+    with limit_data(rss().data_bytes + room_bytes):
+        compiled = _outcome(lambda: step(*training.batch(1)))
+    step.materialise()
+    with limit_data(rss().data_bytes + room_bytes):
+        plain = _outcome(lambda: training.step(*training.batch(2)))
+    return {"compiled": compiled, "plain": plain, "budget": str(budget_bytes), "keep_all": str(loose.keep_all_bytes)}
+
+
+def _outcome(call: Any) -> str:
+    try:
+        call()
+    except (RuntimeError, MemoryError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "completed"

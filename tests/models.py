@@ -212,13 +212,13 @@ MODELS: dict[str, Callable[[Recipe], nn.Module]] = {
 
 def with_lora(model: nn.Module, recipe: Recipe) -> nn.Module:
     """The model under PEFT's LoRA, base frozen; adapters in float32 or in the model's dtype."""
-    with warnings.catch_warnings():
+    names = ["c_attn"] if recipe.family == "gpt2" else ["q_proj", "v_proj"]
+    with warnings.catch_warnings():  # peft still uses names that transformers is about to drop
         warnings.simplefilter("ignore")
         from peft import LoraConfig, get_peft_model
 
-    names = ["c_attn"] if recipe.family == "gpt2" else ["q_proj", "v_proj"]
-    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=recipe.lora_dropout, target_modules=names, fan_in_fan_out=recipe.family == "gpt2")
-    adapted: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=recipe.lora == "float32")
+        config = LoraConfig(r=4, lora_alpha=8, lora_dropout=recipe.lora_dropout, target_modules=names, fan_in_fan_out=recipe.family == "gpt2")
+        adapted: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=recipe.lora == "float32")
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:  # zero at first, which would leave half of the backward pass untested
             nn.init.normal_(parameter, std=0.02)

@@ -17,7 +17,8 @@ from mebp_compile import torch_private
 from mebp_compile.capture.facts import read_facts, tensor_places
 from mebp_compile.capture.find import State, find_state
 from mebp_compile.capture.lost import lost_number, may_lose
-from mebp_compile.capture.trace import Input, Traced, initialise_optimizer, trace_step
+from mebp_compile.capture.optimizers import drop_unused_state, initialise_optimizer, optimizer_state_of
+from mebp_compile.capture.trace import Input, Traced, trace_step
 from mebp_compile.capture.unchanged import python_state_kept, where
 from mebp_compile.errors import CaptureError, DataDependentBranch, MebpError, UndeclaredState, Unsupported
 
@@ -28,13 +29,15 @@ def capture(step_fn: Callable[..., Any], state: State, batch: tuple[Any, ...], k
     """The whole step as one graph over `state` and the batch. Raises a CaptureError that names the line and the fix."""
     _check_parameters(state)
     _check_reads(step_fn, state)
-    with _put_back_on_failure(state) as undo:
+    had = optimizer_state_of(state)
+    with _put_back_on_failure(state, had) as undo:
         traced = _trace(step_fn, state, batch, kwargs, undo=undo)
         if undo:
             _check_settled(traced, _trace(step_fn, state, batch, kwargs))
         _check_constants(traced)
         if may_lose(state):
             _check_hyper_parameters(traced, _trace(step_fn, state, batch, kwargs, salt="again"))
+        drop_unused_state(state, traced, had)
     return traced
 
 
@@ -79,14 +82,13 @@ def _check_hyper_parameters(first: Traced, second: Traced) -> None:
     if line is not None:
         raise Unsupported(
             f"a hyper-parameter of param_groups turns into a fixed number at {line}, so that a later change of it would be lost",
-            "compute with Python's own float arithmetic and `math` rather than numpy, or pass the number in the batch as a tensor",
+            "compute with Python's own float arithmetic and `math` rather than numpy, take the first step uncompiled, or pass the number in the batch",
         )
 
 
 @contextlib.contextmanager
-def _put_back_on_failure(state: State) -> Iterator[list[Callable[[], None]]]:
+def _put_back_on_failure(state: State, had: set[tuple[str, int]]) -> Iterator[list[Callable[[], None]]]:
     """Inside, optimizers have the state of their first step; it is taken away again, and what is in the list undone, where the capture fails."""
-    had = {root: {parameter for parameter, entries in optimizer.state.items() if entries} for root, optimizer in state.optimizers.items()}
     undo: list[Callable[[], None]] = []
     try:
         for optimizer in state.optimizers.values():
@@ -94,7 +96,7 @@ def _put_back_on_failure(state: State) -> Iterator[list[Callable[[], None]]]:
         yield undo
     except BaseException:
         for root, optimizer in state.optimizers.items():
-            for parameter in [parameter for parameter in optimizer.state if parameter not in had[root]]:
+            for parameter in [parameter for parameter in optimizer.state if (root, id(parameter)) not in had]:
                 del optimizer.state[parameter]
         for revert in undo:
             revert()

@@ -52,7 +52,7 @@ def find_state(step_fn: Callable[..., Any], declared: Iterable[Any] | None = Non
     `declared` (the user's `state=`) replaces the search for modules and optimizers. Raises Unsupported for a DDP-wrapped module.
     """
     found = State()
-    for name, item in _reachable(step_fn, "step", DEPTH, found.reach):
+    for name, item in _everything(step_fn, found.reach):
         _file(found, name, item, roots=declared is None)
     for number, item in enumerate(declared or ()):
         if not isinstance(item, (nn.Module, torch.optim.Optimizer)):
@@ -79,6 +79,29 @@ def _file(found: State, name: str, item: Any, roots: bool) -> None:
 def _identifier(name: str) -> str:
     text = "".join(letter if letter.isalnum() else "_" for letter in name).strip("_")
     return text if text.isidentifier() else f"state_{text}"
+
+
+def _everything(step_fn: Callable[..., Any], reach: Reach) -> Iterator[tuple[str, Any]]:
+    """What the step reaches, and what the methods reach that its code names, until nothing new turns up."""
+    yield from _reachable(step_fn, "step", DEPTH, reach)
+    known = -1
+    while len(reach.seen) > known:
+        known = len(reach.seen)
+        for name, item in list(reach.objects):
+            for attribute, member in _members(type(item)):
+                if attribute == "__call__" or attribute in reach.names:
+                    yield from _reachable(member, name, DEPTH, reach)
+
+
+def _members(kind: type) -> Iterator[tuple[str, types.FunctionType]]:
+    """Functions of a class of the user's own and of its bases: methods, static and class methods, properties."""
+    for base in kind.__mro__:
+        if base.__module__.split(".")[0] in OWN_WORLD:
+            continue
+        for name, member in vars(base).items():
+            function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+            if isinstance(function, types.FunctionType):
+                yield name, function
 
 
 def _reachable(item: Any, name: str, depth: int, reach: Reach) -> Iterator[tuple[str, Any]]:
@@ -116,7 +139,6 @@ def _children(item: Any, name: str, reach: Reach) -> Iterator[tuple[str, Any]]:
     elif type(item).__module__.split(".")[0] not in OWN_WORLD:
         reach.objects.append((name, item))
         yield from vars(item).items() if hasattr(item, "__dict__") else ()
-        yield from ((name, member) for member in vars(type(item)).values() if isinstance(member, types.FunctionType))
 
 
 def _closure(function: types.FunctionType, reach: Reach) -> Iterator[tuple[str, Any]]:
@@ -172,5 +194,5 @@ def _refuse_wrappers(found: State) -> None:
             if getattr(child, "gradient_checkpointing", False) and child.training:
                 raise Unsupported(
                     f"gradient checkpointing is on in {'.'.join(filter(None, (root, path)))}: it would fix the recompute that the solver is to choose",
-                    "switch it off: model.gradient_checkpointing_disable()",
+                    "switch it off: model.gradient_checkpointing_disable() (activation_checkpointing_disable() in newer transformers)",
                 )

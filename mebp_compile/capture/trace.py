@@ -250,26 +250,3 @@ def _swapped(
         for group, own in zip(optimizer.param_groups, own_groups, strict=True):
             group.clear()
             group.update(own)
-
-
-def initialise_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Make the state that the first `step()` would make before it uses it, for optimizers that do so in `_init_group` (torch.optim).
-
-    State that only comes to be *by* the first update (SGD's momentum buffer) is left absent: the first step is then captured apart.
-    """
-    if not type(optimizer).__module__.startswith("torch.optim") or not hasattr(optimizer, "_init_group"):
-        return
-    for group in optimizer.param_groups:
-        fresh = [p for p in group["params"] if p.requires_grad and not optimizer.state.get(p)]
-        grads = [p.grad for p in fresh]
-        try:
-            for parameter in fresh:
-                parameter.grad = parameter.new_zeros(()).expand(parameter.shape)
-            lists: list[list[Any]] = [[] for _ in range(torch_private.positional_count(optimizer._init_group) - 1)]
-            optimizer._init_group({**group, "params": fresh}, *lists)
-        finally:
-            for parameter, grad in zip(fresh, grads, strict=True):
-                parameter.grad = grad
-        for parameter in fresh:
-            if not optimizer.state.get(parameter):
-                optimizer.state.pop(parameter, None)

@@ -88,11 +88,14 @@ class _Lowering:
     # --- storages and values ---
 
     def _persistent(self, node: torch.fx.Node, source: str, role: str, tensor: Any = None) -> None:
-        value = node.meta.get("val", tensor)
+        value = node.meta.get("val", tensor) if tensor is None else tensor
         name = self.namer.persistent(source)
         storage, _ = self._storage(value, name, role, source)
+        if isinstance(node.meta.get("val"), torch.Tensor):  # each use of a constant has a fake of its own
+            self.by_cdata[node.meta["val"].untyped_storage()._cdata] = storage
         self.of_node[node] = self._value(name, value, storage)
-        self.inputs.append(self.of_node[node])
+        if self.of_node[node] not in self.inputs:
+            self.inputs.append(self.of_node[node])
 
     def _constant(self, node: torch.fx.Node, tensor: torch.Tensor) -> None:
         """A tensor that the trace made of Python numbers: kept beside the graph, or made anew where the number is a hyper-parameter."""

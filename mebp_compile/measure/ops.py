@@ -10,8 +10,8 @@ Stride, dtype and fill may be left out (contiguous, float32, normal).
 from __future__ import annotations
 
 import gc
-import importlib
 import hashlib
+import importlib
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -171,11 +171,11 @@ def _malloc_of(call: Callable[[], Any], given: set[int], warm: bool) -> tuple[in
 def _fastest_us(call: Callable[[], Any]) -> tuple[float, int]:
     """The shortest time of one call including the freeing of its outputs, and the number of calls; large ops run twice at most.
 
-    The minimum, not the median: what else the machine does can only add time, on shared cores up to a thousandfold (two OpenMP threads that wait
-    for one core), and what it adds says nothing about the op.
+    The minimum, not the median: what else the machine does can only add time, on shared cores up to a thousandfold (two OpenMP threads
+    that wait for one core), and what it adds says nothing about the op.
     """
     samples = [_time_us(call)]
-    runs = 2 if samples[0] > LARGE_OP_US else max(3, min(MOST_RUNS, int(TIME_PER_OP_US / max(samples[0], 1.0))))
+    runs = 2 if samples[0] > LARGE_OP_US else max(5, min(MOST_RUNS, int(TIME_PER_OP_US / max(samples[0], 1.0))))
     samples += [_time_us(call) for _ in range(runs - 1)]
     return min(samples), len(samples)
 
@@ -279,8 +279,8 @@ def _pattern(elements: int, dtype: torch.dtype, fill: str) -> torch.Tensor:
 def _compare_programs(request: Json) -> Json:
     """Run both on the same inputs; outputs, and inputs they changed, must agree in every byte, shape and dtype.
 
-    At the shapes of a real vocabulary the inputs are what takes memory, so only one set of them exists at a time: the second program gets new ones,
-    drawn from the same seed, and of what the programs left of them only digests are compared.
+    At the shapes of a real vocabulary the inputs are what takes memory, so only one set of them exists at a time: the second program
+    gets new ones, drawn from the same seed, and of what the programs left of them only digests are compared.
     """
     (left, left_inputs), (right, right_inputs) = (_run_program(request[which], request["inputs"]) for which in ("first", "second"))
     if len(left) != len(right):

