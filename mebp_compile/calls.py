@@ -7,7 +7,6 @@ arguments; everything else is called through its overload, which is always right
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 
 from mebp_compile.graph import Arg, Const, Op, Ref
@@ -111,8 +110,3 @@ def argument(arg: Arg, names: Mapping[str, str]) -> str:
     if isinstance(arg, float) and not math.isfinite(arg):
         return f"float({str(arg)!r})"
     return repr(arg)
-
-
-def identifiers(text: str) -> set[str]:
-    """Names that occur in a line of code."""
-    return set(re.findall(r"[A-Za-z_]\w*", text))

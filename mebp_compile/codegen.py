@@ -6,13 +6,12 @@ marked recompute, `Free` is `del`, and the transfers are verbs of the engine. Th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import solvers
 from mebp_compile.calls import argument, call
 from mebp_compile.config import format_bytes
-from mebp_compile.graph import PERSISTENT, Graph, Op, Ref, Value, describe, inputs_of
+from mebp_compile.graph import PERSISTENT, Graph, Op, Value, describe, inputs_of
 from mebp_compile.plan import Plan
 
 COMMENT_COLUMN = 100
@@ -253,7 +252,3 @@ def _geometry(value: Value) -> str:
 
 def _dtype(name: str) -> str:
     return "torch.bool" if name == "bool" or name not in DTYPES else name
-
-
-Printer = Callable[[Op, dict[str, str]], str]
-__all__ = ["Ref", "generate"]

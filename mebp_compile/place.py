@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from mebp_compile.columns import Lives, columns
 from mebp_compile.graph import Graph
+from mebp_compile.overhead import allocated_bytes
 from solvers import Free, Prefetch, Problem, Run, Schedule
 
 ALIGN = 64
@@ -83,8 +85,8 @@ def place_under(graph: Graph, problem: Problem, schedule: Schedule) -> Placement
     eligible = [life for life in every if life.fits_arena and life.size_bytes >= SMALLEST_BYTES]
     chosen = set(map(id, eligible))
     fixed = _profile([life for life in every if id(life) not in chosen], steps) + _workspace(problem, schedule) + problem.constant_bytes
-    fixed += _profile([replace(life, charged_bytes=life.charged_bytes - life.size_bytes) for life in eligible], steps)
-    best, work = Packed([], [], 0), Work(WORK)
+    fixed += _profile([replace(life, charged_bytes=life.charged_bytes - allocated_bytes(life.size_bytes)) for life in eligible], steps)
+    best, work = pack_columns(eligible, problem.budget_bytes - fixed), Work(WORK)
     for arena_bytes in _arena_sizes(eligible, problem.budget_bytes - int(fixed.max(initial=0)), steps):
         if work.left <= 0 or best.bytes >= sum(life.size_bytes for life in eligible if life.size_bytes <= arena_bytes):
             break
@@ -92,7 +94,7 @@ def place_under(graph: Graph, problem: Problem, schedule: Schedule) -> Placement
         if packed is not None and packed.bytes > best.bytes:
             best = packed
     placed = set(map(id, best.lives))
-    footprint = fixed + best.arena_bytes + _sizes([life for life in eligible if id(life) not in placed], steps)
+    footprint = fixed + best.arena_bytes + _allocated([life for life in eligible if id(life) not in placed], steps)
     offsets = {(life.start, life.storage): offset for life, offset in zip(best.lives, best.offsets, strict=True)}
     return Placement(offsets, best.arena_bytes, int(footprint.max(initial=0)))
 
@@ -120,9 +122,25 @@ class Work:
 
 def _arena_sizes(eligible: list[Life], most_bytes: int, steps: int) -> list[int]:
     """Arena sizes worth trying, largest first: from what the lives together need (and the budget leaves) down to a hundredth."""
-    load = int(_sizes(eligible, steps).max(initial=0))
+    load = int(_allocated(eligible, steps).max(initial=0))
     start = min(most_bytes, load + load // 8 + 64 * ALIGN)
     return [size for size in (int(start * SHRINK**trial) for trial in range(TRIALS)) if size >= SMALLEST_BYTES]
+
+
+def pack_columns(eligible: list[Life], room: Ints) -> Packed:
+    """Columns of lives, and in the holes that they leave whatever else fits. The same `room` as for `pack`; never above it."""
+    sizes = np.array([life.size_bytes for life in eligible], np.int64)
+    allocated = np.array([allocated_bytes(life.size_bytes) for life in eligible], np.int64)
+    starts, ends = (np.array([getattr(life, name) for life in eligible], np.int64) for name in ("start", "end"))
+    found = columns(Lives(starts, ends, sizes, allocated - sizes), room - _allocated(eligible, len(room)), ALIGN, WORK)
+    arena = Arena(sum(column.width for column in found), len(eligible))
+    for column in found:
+        for index in column.members:
+            arena.put(eligible[index], column.offset)
+    placed = {index for column in found for index in column.members}
+    for index in sorted(set(range(len(eligible))) - placed, key=lambda index: (-sizes[index], starts[index])):
+        arena.add(eligible[index])
+    return Packed(arena.lives, arena.offsets, arena.cap_bytes)
 
 
 def pack(eligible: list[Life], arena_bytes: int, room: Ints, work: Work) -> Packed | None:
@@ -168,12 +186,12 @@ class Spare:
         self.left = bytes_by_step
 
     def has(self, life: Life) -> bool:
-        return int(self.left[max(0, life.start) : life.end].min(initial=1 << 62)) >= life.size_bytes
+        return int(self.left[max(0, life.start) : life.end].min(initial=1 << 62)) >= allocated_bytes(life.size_bytes)
 
     def take(self, life: Life) -> bool:
         if not self.has(life):
             return False
-        self.left[max(0, life.start) : life.end] -= life.size_bytes
+        self.left[max(0, life.start) : life.end] -= allocated_bytes(life.size_bytes)
         return True
 
 
@@ -194,12 +212,17 @@ class Arena:
         offset = _lowest_gap(low[clash], high[clash], life.size_bytes)
         if offset + life.size_bytes > self.cap_bytes:
             return False
-        at = int(np.searchsorted(low, offset))
+        self.put(life, offset)
+        return True
+
+    def put(self, life: Life, offset: int) -> None:
+        """Place the life at an offset that is free for all of it."""
+        count = len(self.lives)
+        at = int(np.searchsorted(self.rows[2, :count], offset))
         self.rows[:, at + 1 : count + 1] = self.rows[:, at:count].copy()
         self.rows[:, at] = life.start, life.end, offset, _aligned(offset + life.size_bytes)
         self.lives.append(life)
         self.offsets.append(offset)
-        return True
 
 
 def _lowest_gap(low: Ints, high: Ints, size_bytes: int) -> int:
@@ -217,9 +240,9 @@ def _aligned(offset: int) -> int:
     return -(-offset // ALIGN) * ALIGN
 
 
-def _sizes(some: list[Life], steps: int) -> Ints:
-    """Bytes of the lives' tensors at every step."""
-    return _profile([replace(life, charged_bytes=life.size_bytes) for life in some], steps)
+def _allocated(some: list[Life], steps: int) -> Ints:
+    """What the allocator takes for the lives at every step."""
+    return _profile([replace(life, charged_bytes=allocated_bytes(life.size_bytes)) for life in some], steps)
 
 
 def _profile(some: list[Life], steps: int) -> Ints:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from mebp_compile.errors import GraphError
 from mebp_compile.graph import Graph, Op
+from mebp_compile.overhead import allocated_bytes
 from mebp_compile.place import Life, lives
 from mebp_compile.plan import Plan
 from solvers import Free, Offload, Prefetch, Problem, Run, Schedule, Step, Wait
@@ -117,7 +118,8 @@ def walk(graph: Graph, plan: Plan) -> Walk:
     total = [sum(column) for column in zip(*live.values(), strict=True)]
     if total != list(plan.report.timeline) or (times.end_us or (0,))[-1] != plan.report.time_us:
         raise GraphError("the plan's timeline or time is not what its schedule gives", "run `mebp check` on the folder, or plan again")
-    inside = _profile([life for life in every if (life.start, life.storage) in plan.placement.offsets], len(steps))
+    placed = [life for life in every if (life.start, life.storage) in plan.placement.offsets]
+    inside = _profile([replace(life, size_bytes=allocated_bytes(life.size_bytes)) for life in placed], len(steps))
     footprint = tuple(all_ - part + plan.placement.arena_bytes for all_, part in zip(total, inside, strict=True))
     return Walk(times, every, again, {name: tuple(row) for name, row in live.items()}, footprint)
 
