@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import pydoc_data.topics
+import resource
 import statistics
 import subprocess
 import sys
@@ -128,13 +129,18 @@ def demo(budget: str, steps: int) -> int:
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads")
     with progress.stage("weights: quantised to int4 on disk, tensor by tensor"):
         model, store = finetune.build_model(chosen, progress)
-    with progress.stage(f"plain PyTorch, {COMPARED_STEPS} steps in a process of its own"):
-        plain = run_eager(budget)
     step_fn, optimizer = finetune.make_step(model, chosen)
     started = time.perf_counter()
     compiled = finetune.compile_step(step_fn, chosen, store, progress)
     planned_s = time.perf_counter() - started
-    print(f"\n{compiled}\n\ncaptured and planned in {planned_s:.0f} s; {len(compiled.code.splitlines()):,} lines of Python in {compiled.save(OUT / 'program')}\n")
+    peaks = [resource.getrusage(who).ru_maxrss * 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    started = time.perf_counter()
+    finetune.plan_again(step_fn, chosen, store)
+    again_s = time.perf_counter() - started
+    print(f"\n{compiled}\n\ncaptured and planned in {planned_s:.0f} s with at most {format_bytes(max(peaks))} resident; again, from the cache, in {again_s:.1f} s")
+    print(f"{len(compiled.code.splitlines()):,} lines of Python in {compiled.save(OUT / 'program').relative_to(OUT.parent)}/program.py\n")
+    with progress.stage(f"plain PyTorch, {COMPARED_STEPS} steps in a process of its own"):
+        plain = run_eager(budget)
     ours = train(compiled, model, optimizer, chosen, steps, progress)
     return report(compiled, plain, ours, parse_budget(budget), steps)
 

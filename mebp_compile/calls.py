@@ -91,9 +91,10 @@ def _overload(target: str) -> str:
 
 def _number(target: str, args: list[str]) -> str:
     if target in OPERATORS:
-        return f"{args[0]} {OPERATORS[target]} {args[1]}"
+        left, right = (f"({arg})" if arg.startswith("-") else arg for arg in args)  # -2 ** x is -(2 ** x)
+        return f"{left} {OPERATORS[target]} {right}"
     if target == "py.neg":
-        return f"-{args[0]}"
+        return f"-({args[0]})" if args[0].startswith("-") else f"-{args[0]}"
     return f"{NUMBERS.get(target, target.removeprefix('py.').removeprefix('sym_'))}({', '.join(args)})"
 
 

@@ -123,7 +123,7 @@ class _Writer:
         made = self.graph.value[op.outputs[0]] if op.outputs and op.outputs[0] else None
         text = call(op, names, tuple(text for text in out if text), self._new(made) if made else "")
         several = len(op.outputs) > 1 or op.target.startswith("aten._foreach_") or op.target.startswith("aten.split")
-        if not op.outputs or all(target == "_" for target in targets) and not spare:
+        if not op.outputs or (all(target == "_" for target in targets) and not spare):
             self._line(text, self._note(op, number, again))
         else:
             left = ", ".join(targets) if several else targets[0]

@@ -1,9 +1,9 @@
 """Columns: an arena for budgets so tight that it must be full whenever memory is.
 
-An arena is there all the time, so at a step where the allocator alone would fill the budget every byte of the arena must be in use. First fit can't
-promise that. A column is a strip of the arena as wide as one tensor, used by one life after another: a chain of lives of nearly its width whose gaps lie
-where there is memory to spare. Each column is the chain that serves most bytes, found by dynamic programming over time; columns are added from
-the widest on, and each takes the memory that it wastes from what is to spare for the next.
+An arena is there all the time, so at a step where the allocator alone would fill the budget every byte of the arena must be in use.
+First fit can't promise that. A column is a strip of the arena as wide as one tensor, used by one life after another: a chain of lives of
+nearly its width whose gaps lie where there is memory to spare. Each column is the chain that serves most bytes, found by dynamic
+programming over time; columns are added from the widest on, and each takes the memory that it wastes from what is to spare for the next.
 """
 
 from __future__ import annotations
@@ -62,10 +62,11 @@ def columns(lives: Lives, spare: Ints, align: int, work: int) -> list[Column]:
 
 
 def best_chain(lives: Lives, members: Ints, width: int, spare: Ints) -> list[int]:
-    """Of `members` (by start), the chain of lives with most bytes such that the column's waste is to spare at every step; [] if there is none.
+    """Of `members` (by start), the chain of lives with most bytes such that the column's waste is to spare at every step; [] if there is
+    none.
 
-    most(j) = size(j) + max over i that end before j starts, with no full step between them, of most(i); a step is full where less than the column's
-    width is to spare. A life narrower than the column must find the difference to spare at its own steps.
+    most(j) = size(j) + max over i of most(i), where i ends before j starts with no full step between them; a step is full where less than
+    the column's width is to spare. A life narrower than the column must find the difference to spare at its own steps.
     """
     steps = len(spare)
     full = np.flatnonzero(spare < width)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any
 import torch.utils._pytree as pytree
 
 from mebp_compile import artifacts, cache, codegen, explain, viz
-from mebp_compile.capture import State, capture, find_state, initialise_optimizer
+from mebp_compile.capture import State, capture, find_state
 from mebp_compile.capture.contract import contract_of
+from mebp_compile.capture.optimizers import forget_state, initialise_used, optimizer_state_of
 from mebp_compile.compare import Comparison, compare
-from mebp_compile.config import Options, dump_dir, parse_budget
+from mebp_compile.config import Options, debug_level, dump_dir, parse_budget
 from mebp_compile.cost import measure_costs
 from mebp_compile.errors import MebpError, OptionError, StepPoisoned
 from mebp_compile.graph import Graph
@@ -91,6 +93,11 @@ def build(
     return contract_of(traced), graph, solved, codegen.generate(graph, solved)
 
 
+def say(text: str) -> None:
+    """What MEBP_DEBUG=1 and above prints: each stage, on standard error."""
+    print(f"mebp_compile: {text}", file=sys.stderr, flush=True)
+
+
 class CompiledStep:
     """A training step inside a budget: call it as the original. One program is kept for each batch geometry and set of guards."""
 
@@ -98,10 +105,11 @@ class CompiledStep:
         self, step_fn: Callable[..., Any], state: State, options: Options, streamed: Streamed | None = None, progress: Progress | None = None
     ) -> None:
         self.step_fn, self.state, self.options, self.streamed = step_fn, state, options, streamed
-        self.tell: Progress = progress or (lambda text: None)
+        self.tell: Progress = progress or (say if debug_level() else lambda text: None)
         self.programs: dict[Any, list[Program]] = {}
         self.current: Program | None = None
         self.poisoned = ""
+        self.dumped = 0
         self.homes = Homes(state, options.offload_dir) if options.offload_dir is not None else None
         self.ignored_gradients: frozenset[str] = frozenset()
 
@@ -166,28 +174,36 @@ class CompiledStep:
         return program
 
     def dry_run(self, *batch: Any, **kwargs: Any) -> Plan:
-        """The plan for this batch, without anything that would run it."""
-        return self._planned(batch, kwargs)[2]
+        """The plan for this batch, without anything that would run it. Optimizer state that the capture made is given up again."""
+        had = optimizer_state_of(self.state)
+        try:
+            return self._planned(batch, kwargs)[2]
+        finally:
+            forget_state(self.state, keep=had)
 
     def _signature(self, batch: Any, kwargs: Any) -> Any:
         return signature(self.state, (batch, kwargs), self.ignored_gradients)
 
     def _planned(self, batch: Any, kwargs: Any) -> cache.Found:
         """From the cache where its guards hold, or built."""
-        given = batch_tensors(pytree.tree_leaves((batch, kwargs)))
-        live = LiveState(self.state, {})
-        key = cache.program_key(self.step_fn, self.state, self.options, self._signature(batch, kwargs), self.streamed) if self.options.cache else ""
+        given, live = batch_tensors(pytree.tree_leaves((batch, kwargs))), LiveState(self.state, {})
+        key = self._key(batch, kwargs)
         made = cache.find(key, lambda contract: holds(contract, live.hyper, given)) if key else None
         if made is None:
             made = build(self.step_fn, self.state, self.options, (batch, kwargs), self.streamed, self.tell)
-            if key:
-                cache.keep(key, *made)
-        else:  # what a capture does first
-            for optimizer in self.state.optimizers.values():
-                initialise_optimizer(optimizer)
+            for each in {key, self._key(batch, kwargs)} - {""}:  # as the optimizer was before its state was made, and as it is now
+                cache.keep(each, *made)
+        else:
+            initialise_used(self.state, {storage.source for storage in made[1].storages})
         if (folder := dump_dir()) is not None:
-            artifacts.save_artifacts(folder / f"{len(self.programs):02d}", *made[1:])
+            self.dumped += 1
+            artifacts.save_artifacts(folder / f"{self.dumped:02d}", *made[1:])
         return made
+
+    def _key(self, batch: Any, kwargs: Any) -> str:
+        if not self.options.cache:
+            return ""
+        return cache.program_key(self.step_fn, self.state, self.options, self._signature(batch, kwargs), self.streamed)
 
     # --- inspection ---
 

@@ -49,6 +49,8 @@ class Options:
         _one_of("numerics", self.numerics, TIERS)
         _one_of("grads", self.grads, ("keep", "drop"))
         _one_of("effort", self.effort, ("fast", "balanced", "proof"))
+        if str(self.offload_dir) == "host":
+            raise OptionError('offload="host" needs an accelerator, and this version runs on the CPU', "give a folder on a disk")
         if not (math.isfinite(self.time_limit_s) and self.time_limit_s > 0):
             raise OptionError(f"the solver's time limit is {self.time_limit_s!r} seconds", "give a positive number of seconds")
 

@@ -21,6 +21,7 @@ from torch import nn
 from mebp_compile.compiler import CompiledStep, optimize
 from mebp_compile.config import SCHEMES, cache_dir
 from mebp_compile.errors import DiskError, OptionError
+from mebp_compile.plan import Plan
 from mebp_compile.progress import Progress
 from mebp_compile.runtime.weights import WeightStore
 
@@ -210,12 +211,30 @@ def prepare(settings: Settings, progress: Progress) -> Training:
 
 def compile_step(step_fn: Callable[..., Any], settings: Settings, store: WeightStore | None, progress: Progress) -> CompiledStep:
     """The step planned inside the settings' budget, for the batch that they name."""
-    ids = torch.zeros((settings.batch, settings.sequence), dtype=torch.int64)
     with progress.stage("capture, cost and plan"):
-        return optimize(
-            step_fn, settings.budget, example=(ids, ids.clone()), weights=store, offload=settings.offload,
-            effort=settings.effort, time_limit_s=settings.time_limit_s, progress=progress.say,
-        )  # fmt: skip
+        step = _optimize(step_fn, settings, store, progress.say)
+        step.prepare(*example(settings))
+        return step
+
+
+def plan_again(step_fn: Callable[..., Any], settings: Settings, store: WeightStore | None) -> Plan:
+    """The plan of a step that was planned before, by a new CompiledStep: from the cache."""
+    return _optimize(step_fn, settings, store, None).dry_run(*example(settings))
+
+
+def example(settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch of the geometry that the settings name."""
+    ids = torch.zeros((settings.batch, settings.sequence), dtype=torch.int64)
+    return ids, ids.clone()
+
+
+def _optimize(
+    step_fn: Callable[..., Any], settings: Settings, store: WeightStore | None, say: Callable[[str], None] | None
+) -> CompiledStep:
+    return optimize(
+        step_fn, settings.budget, weights=store, offload=settings.offload,
+        effort=settings.effort, time_limit_s=settings.time_limit_s, progress=say,
+    )  # fmt: skip
 
 
 # --- data ---

@@ -7,6 +7,8 @@ sum.
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -16,7 +18,7 @@ from mebp_compile.errors import BudgetInfeasible, GraphError
 from mebp_compile.graph import PERSISTENT, Graph, Value
 from mebp_compile.overhead import charged_sizes, constant_overhead
 from mebp_compile.place import Placement, place_under
-from solvers import Problem, Report, Schedule
+from solvers import Problem, Report, Schedule, Solution
 from solvers.baselines import keep_all
 
 MOVABLE = ("weight", "parameter", "optimizer")  # roles whose home may be the disk, see `homes`
@@ -172,21 +174,15 @@ def make_plan(
     advice: str = "",
     tell: Callable[[str], None] | None = None,
 ) -> Plan:
-    """Solve, check, place. Raises BudgetInfeasible, naming the smallest budget found, its lower bound and the op that binds."""
-    import time
+    """Solve, check, place. `hints`: schedules of smaller budgets, than which the plan is never slower.
 
+    Raises BudgetInfeasible, naming the smallest budget found, its lower bound and the op that binds.
+    """
     started = time.monotonic()
     try:
-        solution = solvers.solve(problem, effort=effort, time_limit_s=time_limit_s, hints=hints, progress=tell)
+        solution = _solved(problem, effort, time_limit_s, hints, tell)
     except solvers.Infeasible as error:
-        raise BudgetInfeasible(
-            f"no schedule fits {format_bytes(problem.budget_bytes)}: the smallest budget found is {error.smallest_found_bytes:,} bytes "
-            f"({format_bytes(error.smallest_found_bytes)}), nothing below {error.lower_bound_bytes:,} bytes can work, and op {error.binding_op} binds",
-            ", ".join(filter(None, (f"budget={error.smallest_found_bytes}", advice, "a shorter sequence or smaller batch", "offload=a folder on disk"))),
-            error.smallest_found_bytes,
-            error.lower_bound_bytes,
-            error.binding_op,
-        ) from None
+        raise _refusal(graph, problem, error, advice) from None
     report = solvers.replay(problem, solution.schedule)
     placement = place_under(graph, problem, solution.schedule)
     if placement.peak_bytes > problem.budget_bytes:
@@ -205,6 +201,39 @@ def make_plan(
         bound_us=int(solution.bound_us),
         method=solution.method,
         solve_seconds=time.monotonic() - started,
+    )
+
+
+def _solved(
+    problem: Problem, effort: str, time_limit_s: float, hints: Sequence[Schedule], tell: Callable[[str], None] | None
+) -> Solution:
+    """The solver's own answer, or a hint that is faster. A hint is only compared with, for it would end the search once it is good enough,
+    and what was made for less memory recomputes and moves more than it need."""
+    try:
+        own = solvers.solve(problem, effort=effort, time_limit_s=time_limit_s, progress=tell)
+    except solvers.Infeasible:
+        if not hints:
+            raise
+        return solvers.solve(problem, effort=effort, time_limit_s=time_limit_s, hints=hints, progress=tell)
+    for hint in hints:
+        with contextlib.suppress(solvers.ScheduleError):
+            report = solvers.replay(problem, hint)
+            if report.time_us < own.report.time_us:
+                gap = report.time_us / own.bound_us - 1 if own.bound_us else 0.0
+                own = replace(own, schedule=hint, report=report, gap=gap, method="hint")
+    return own
+
+
+def _refusal(graph: Graph, problem: Problem, error: solvers.Infeasible, advice: str) -> BudgetInfeasible:
+    binds = f"op {error.binding_op}" if error.binding_op in {op.name for op in graph.ops} else f"the {error.binding_op}"
+    fixes = (f"budget={error.smallest_found_bytes}", advice, "a shorter sequence or smaller batch", "offload=a folder on disk")
+    return BudgetInfeasible(
+        f"no schedule fits {format_bytes(problem.budget_bytes)}: the smallest budget found is {error.smallest_found_bytes:,} bytes "
+        f"({format_bytes(error.smallest_found_bytes)}), nothing below {error.lower_bound_bytes:,} bytes can work, and {binds} binds",
+        ", ".join(filter(None, fixes)),
+        error.smallest_found_bytes,
+        error.lower_bound_bytes,
+        error.binding_op,
     )
 
 

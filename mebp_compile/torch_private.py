@@ -112,7 +112,7 @@ def _transformers_branch_as_in_eager() -> Iterator[None]:
     except ImportError:
         yield
         return
-    with mock.patch.object(import_utils, "is_fake_tensor", lambda tensor: False):
+    with mock.patch.object(import_utils, "is_fake_tensor", return_value=False):
         yield
 
 
@@ -160,6 +160,21 @@ def gradients_cleared_first() -> Iterator[set[int]]:
         mock.patch.object(nn.Module, "zero_grad", watched_module),
     ):
         yield cleared
+
+
+@contextlib.contextmanager
+def no_reseeding(refuse: Callable[[str], None]) -> Iterator[None]:
+    """Inside, functions that set the state of torch's generator call `refuse` with their name: no op of a graph could do that again."""
+    with contextlib.ExitStack() as stack:
+        for name in ("manual_seed", "seed", "set_rng_state"):
+            for owner in (torch, torch.random):
+                stack.enter_context(mock.patch.object(owner, name, lambda *args, name=name, **kwargs: refuse(name)))
+        yield
+
+
+def memory_of(tensor: torch.Tensor) -> Any:
+    """Which memory a tensor shows, and how."""
+    return tensor.untyped_storage()._cdata, tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
 
 
 def positional_count(function: Callable[..., Any]) -> int:
@@ -218,7 +233,11 @@ def user_line() -> str:
 
 def raising_line(error: BaseException) -> str:
     """`file:line` of the innermost frame of the user's code (or of a model library) that an exception passed through."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename and "/mebp_compile/" not in frame.filename]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "/torch/" not in frame.filename and "/mebp_compile/" not in frame.filename
+    ]
     own = [frame for frame in frames if "site-packages" not in frame.filename and "<" not in frame.filename] or frames
     return f"{own[-1].filename}:{own[-1].lineno} ({own[-1].line})" if own else "an unknown line"
 

@@ -1,7 +1,8 @@
 """Law 1: the compiled step leaves what the user's own step leaves, bit for bit.
 
-`assert_same_training` builds a training twice, runs one eagerly and one compiled, and compares raw bytes after every call: what the step returned,
-every gradient, parameter, entry of optimizer state and buffer, and the generator's state. What a caller kept from earlier calls must not change.
+`assert_same_training` builds a training twice, runs one eagerly and one compiled, and compares raw bytes after every call: what the step
+returned, every gradient, parameter, entry of optimizer state and buffer, and the generator's state. What a caller kept from earlier calls
+must not change.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def run_both(own: Training, other: Training, compiled: CompiledStep, calls: int)
         where = f"call {call}"
         assert raw(torch.get_rng_state()) == raw(drawn), f"{where}: the generator is in another state"
         assert_same(f"{where}: returned", describe(expected), describe(returned))
+        compiled.materialise()  # with offload, state may lie on disk between calls
         assert_same(where, snapshot(own), snapshot(other))
         for number, (item, bits) in enumerate(kept):
             assert describe(item) == bits, f"{where} rewrote what call {number} had returned or left in .grad"
@@ -61,14 +63,18 @@ def run_both(own: Training, other: Training, compiled: CompiledStep, calls: int)
 
 @contextlib.contextmanager
 def estimated_costs() -> Iterator[None]:
-    """Inside, plans are made from estimates: measuring every op of every tiny model would take longer than all else, and bits don't depend on it."""
+    """Inside, plans are made from estimates: measuring every op of every tiny model would take longer than all else, and bits don't
+    depend on it.
+    """
     with mock.patch.object(compiler, "measure_costs", lambda graph, *rest: (_estimate(graph), graph)):
         yield
 
 
 def _estimate(graph: Graph) -> Costs:
     sizes = {op.name: sum(graph.storages[storage].size_bytes for storage in (*op.creates, *op.reads, *op.writes)) for op in graph.ops}
-    return Costs({op.name: OpCost(1 + sizes[op.name] * (20 if "mm" in op.target or "attention" in op.target else 1) // 10_000) for op in graph.ops})
+    return Costs(
+        {op.name: OpCost(1 + sizes[op.name] * (20 if "mm" in op.target or "attention" in op.target else 1) // 10_000) for op in graph.ops}
+    )
 
 
 def raw(tensor: torch.Tensor) -> bytes:

@@ -88,7 +88,9 @@ class Recipe:
         torch.manual_seed(self.seed)
         model = self.model().train()
         optimizer = OPTIMIZERS[self.optimizer]([p for p in model.parameters() if p.requires_grad])
-        return Training([model], [optimizer], make_step(model, optimizer, self), self.batch, fresh_gradients=self.zero == "first" and self.set_to_none)
+        return Training(
+            [model], [optimizer], make_step(model, optimizer, self), self.batch, fresh_gradients=self.zero == "first" and self.set_to_none
+        )
 
     def model(self) -> nn.Module:
         model = MODELS[self.family](self).to(self.dtype)
@@ -140,7 +142,12 @@ RETURNS: dict[str, Callable[[Any], Any]] = {
     "loss": lambda output: output.loss,
     "item": lambda output: output.loss.item(),
     "output": lambda output: output,
-    "dict": lambda output: {"loss": output.loss.detach(), "parts": (output.loss * 2, [output.logits.argmax(-1)]), "name": "train", "none": None},
+    "dict": lambda output: {
+        "loss": output.loss.detach(),
+        "parts": (output.loss * 2, [output.logits.argmax(-1)]),
+        "name": "train",
+        "none": None,
+    },
 }
 
 
@@ -182,7 +189,8 @@ def gpt2(recipe: Recipe) -> nn.Module:
 
     config = GPT2Config(
         vocab_size=VOCABULARY, n_positions=64, n_embd=HIDDEN, n_layer=2, n_head=4, use_cache=False, attn_implementation=recipe.attention,
-        resid_pdrop=recipe.dropout, embd_pdrop=recipe.dropout, attn_pdrop=recipe.dropout, bos_token_id=1, eos_token_id=2, **dict(recipe.config),
+        resid_pdrop=recipe.dropout, embd_pdrop=recipe.dropout, attn_pdrop=recipe.dropout, bos_token_id=1, eos_token_id=2,
+        **dict(recipe.config),
     )  # fmt: skip
     return GPT2LMHeadModel(config)
 
@@ -191,8 +199,9 @@ def vit(recipe: Recipe) -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
-        hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=4, intermediate_size=2 * HIDDEN, image_size=16, patch_size=4, num_labels=5,
-        hidden_dropout_prob=recipe.dropout, attention_probs_dropout_prob=recipe.dropout, attn_implementation=recipe.attention, **dict(recipe.config),
+        hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=4, intermediate_size=2 * HIDDEN, image_size=16, patch_size=4,
+        num_labels=5, hidden_dropout_prob=recipe.dropout, attention_probs_dropout_prob=recipe.dropout, attn_implementation=recipe.attention,
+        **dict(recipe.config),
     )  # fmt: skip
     return ViTForImageClassification(config)
 
@@ -217,7 +226,9 @@ def with_lora(model: nn.Module, recipe: Recipe) -> nn.Module:
         warnings.simplefilter("ignore")
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(r=4, lora_alpha=8, lora_dropout=recipe.lora_dropout, target_modules=names, fan_in_fan_out=recipe.family == "gpt2")
+        config = LoraConfig(
+            r=4, lora_alpha=8, lora_dropout=recipe.lora_dropout, target_modules=names, fan_in_fan_out=recipe.family == "gpt2"
+        )
         adapted: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=recipe.lora == "float32")
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:  # zero at first, which would leave half of the backward pass untested

@@ -33,7 +33,9 @@ def loss_of(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return loss
 
 
-def refused(training: Training, error: type[MebpError], *words: str, step: Callable[..., Any] | None = None, state: Any = None) -> MebpError:
+def refused(
+    training: Training, error: type[MebpError], *words: str, step: Callable[..., Any] | None = None, state: Any = None
+) -> MebpError:
     """Check that the step is refused with these words, and that nothing of the user's is changed by that."""
     batch = training.batch(0)
     before, drawn, python = snapshot(training), torch.get_rng_state(), (random.getstate(), repr(np.random.get_state()))
@@ -250,6 +252,63 @@ def test_hyper_parameters_lost_in_rounding_are_refused() -> None:
 def test_writing_into_the_batch_is_refused() -> None:
     """An in-place op on a batch tensor."""
     refused(small(lambda net, own, x, y: loss_of(net, x.mul_(2), y)), Unsupported, "batch", "clone")
+
+
+@pytest.mark.parametrize("kind", ["manual_seed", "set_rng_state", "checkpoint"])
+def test_reseeding_is_refused(kind: str) -> None:
+    """Setting torch's generator inside the step; torch.utils.checkpoint does it to replay dropout, which the trace would lose."""
+    from torch.utils.checkpoint import checkpoint
+
+    state = torch.get_rng_state()
+
+    def body(net: nn.Module, own: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if kind == "manual_seed":
+            torch.manual_seed(0)
+        elif kind == "set_rng_state":
+            torch.set_rng_state(state)
+        loss = nn.functional.cross_entropy(checkpoint(net, x, use_reentrant=False) if kind == "checkpoint" else net(x), y)
+        loss.backward()
+        return loss
+
+    refused(small(body), Unsupported, "set_rng_state" if kind == "checkpoint" else kind, "seed before the step")
+
+
+def test_generators_of_the_users_own_are_refused() -> None:
+    """A torch.Generator passed to an op."""
+    own_generator = torch.Generator().manual_seed(0)
+    refused(
+        small(lambda net, own, x, y: loss_of(net, x + torch.randn(x.shape, generator=own_generator), y)),
+        Unsupported,
+        "Generator",
+        "default generator",
+    )
+
+
+def test_replaced_data_is_refused() -> None:
+    """`p.data = ...` leaves no op in the trace."""
+
+    def body(net: nn.Module, own: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        loss = loss_of(net, x, y)
+        for parameter in net.parameters():
+            parameter.data = parameter.data * 0.5
+        return loss
+
+    refused(small(body), Unsupported, "0.weight", "copy_")
+
+
+def test_a_tensor_kept_in_a_module_is_refused() -> None:
+    """`module.last = loss` would keep the first one for ever, whether or not the attribute held a tensor before."""
+
+    def body(net: nn.Module, own: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        loss = loss_of(net, x, y)
+        net.last = loss.detach()
+        return loss
+
+    training = small(body)
+    for before in (None, torch.zeros(())):
+        training.modules[0].last = before  # type: ignore[assignment]
+        refused(training, ClosureChanged, "last")
+        assert training.modules[0].last is before
 
 
 def test_odd_results_are_refused() -> None:

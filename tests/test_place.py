@@ -10,7 +10,7 @@ from planned import Planned, chain, costs_by_bytes, long_plan, planned, random_p
 
 import solvers
 from mebp_compile.overhead import allocated_bytes
-from mebp_compile.place import ALIGN, SMALLEST_BYTES, Life, Work, lives, pack, place_under
+from mebp_compile.place import ALIGN, SMALLEST_BYTES, Life, Work, lives, pack, pack_columns, place_under
 from solvers import Lifespan
 
 ITEMS = st.tuples(st.integers(0, 40), st.integers(1, 20), st.integers(1, 30))  # start, length, size
@@ -79,8 +79,8 @@ def test_a_large_life_outside_makes_room_for_the_small_ones() -> None:
     """One huge tensor that no arena can take beside a busy step must not cost all the others their place."""
     small = [Life(index, 10 * index, 10 * index + 15, 8192, True, 8576) for index in range(50)]
     huge = Life(99, 300, 310, 1_000_000, True, 1_000_000)
-    room = np.full(600, 1_030_000, np.int64)
-    packed = pack([huge, *small], 20_000, room, Work(10_000))
+    room = np.full(600, 1_045_000, np.int64)
+    packed = pack([huge, *small], 36_000, room, Work(10_000))
     assert packed is not None
     assert {life.storage for life in packed.lives} == set(range(50))
 
@@ -110,3 +110,33 @@ def test_ten_thousand_lives() -> None:
     assert again == item.plan.placement
     assert again.offsets
     assert again.peak_bytes <= item.plan.problem.budget_bytes
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_columns_waste_no_more_than_is_to_spare(seed: int) -> None:
+    """Random lives and random room: columns never take more than there is at any step, and their lives never meet."""
+    draw = np.random.default_rng(seed)
+    some = []
+    for index in range(60):
+        start, size = int(draw.integers(0, 80)), 64 * int(draw.choice([64, 70, 128, 500]))
+        some.append(Life(index, start, start + int(draw.integers(1, 20)), size, True, allocated_bytes(size)))
+    load = np.zeros(100, np.int64)
+    for life in some:
+        load[life.start : life.end] += allocated_bytes(life.size_bytes)
+    room = load + np.where(draw.random(100) < 0.3, 0, draw.integers(0, 200_000, 100))
+    packed = pack_columns(some, room)
+    spans = [Lifespan(life.storage, life.start, life.end, life.size_bytes) for life in packed.lives]
+    solvers.check_offsets(spans, solvers.Placement(tuple(packed.offsets), packed.arena_bytes, 0))
+    inside = {life.storage for life in packed.lives}
+    for step in range(100):
+        outside = sum(allocated_bytes(life.size_bytes) for life in some if life.storage not in inside and life.start <= step < life.end)
+        assert packed.arena_bytes + outside <= room[step]
+
+
+def test_a_chain_without_a_gap_needs_nothing_to_spare() -> None:
+    """Where memory is full at every step, lives of one size that follow each other share a column; one that leaves a gap has none."""
+    chain_of_lives = [Life(index, 10 * index, 10 * index + 10, 8192, True, 8576) for index in range(6)]
+    gap = [life for life in chain_of_lives if life.storage != 3]
+    assert len(pack_columns(chain_of_lives, np.full(60, allocated_bytes(8192), np.int64)).lives) == 6
+    tight = np.array([allocated_bytes(8192) if not 30 <= step < 40 else 0 for step in range(60)], np.int64)
+    assert pack_columns(gap, tight).lives == []

@@ -1,8 +1,8 @@
 """Capture: one call of the user's training step as one fx graph, with what it relied on as guards.
 
-`capture` runs the step's Python once over fake tensors (`trace`), on the modules and optimizers that it reaches (`find`), with hyper-parameters
-kept live (`hyper`, `lost`), Python values guarded (`facts`), branches on the batch asked of the real batch (`predicates`), and refuses what
-would be silently wrong (`unchanged`).
+`capture` runs the step's Python once over fake tensors (`trace`), on the modules and optimizers that it reaches (`find`), with
+hyper-parameters kept live (`hyper`, `lost`), Python values guarded (`facts`), branches on the batch asked of the real batch (`predicates`),
+and refuses what would be silently wrong (`unchanged`).
 """
 
 from __future__ import annotations
@@ -42,9 +42,16 @@ def capture(step_fn: Callable[..., Any], state: State, batch: tuple[Any, ...], k
 
 
 def _trace(
-    step_fn: Callable[..., Any], state: State, batch: tuple[Any, ...], kwargs: dict[str, Any], salt: str = "", undo: list[Callable[[], None]] | None = None
+    step_fn: Callable[..., Any],
+    state: State,
+    batch: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    salt: str = "",
+    undo: list[Callable[[], None]] | None = None,
 ) -> Traced:
-    """One trace, after which Python state is what it was; plain attributes that modules filled in may stay if `undo` takes what reverts them."""
+    """One trace, after which Python state is what it was; plain attributes that modules filled in may stay if `undo` takes what reverts
+    them.
+    """
     with python_state_kept(step_fn, state, settling=undo is not None) as settled:
         try:
             traced = trace_step(step_fn, state, batch, kwargs, salt)
@@ -82,13 +89,16 @@ def _check_hyper_parameters(first: Traced, second: Traced) -> None:
     if line is not None:
         raise Unsupported(
             f"a hyper-parameter of param_groups turns into a fixed number at {line}, so that a later change of it would be lost",
-            "compute with Python's own float arithmetic and `math` rather than numpy, take the first step uncompiled, or pass the number in the batch",
+            "compute with Python's own float arithmetic and `math` rather than numpy, take the first step "
+            "uncompiled, or pass the number in the batch",
         )
 
 
 @contextlib.contextmanager
 def _put_back_on_failure(state: State, had: set[tuple[str, int]]) -> Iterator[list[Callable[[], None]]]:
-    """Inside, optimizers have the state of their first step; it is taken away again, and what is in the list undone, where the capture fails."""
+    """Inside, optimizers have the state of their first step; it is taken away again, and what is in the list undone, where the capture
+    fails.
+    """
     undo: list[Callable[[], None]] = []
     try:
         for optimizer in state.optimizers.values():
@@ -121,7 +131,8 @@ def _check_parameters(state: State) -> None:
             for position, parameter in enumerate(group["params"]):
                 if id(parameter) not in known:
                     raise UndeclaredState(
-                        f"parameter {position} of {root}.param_groups[{index}], of shape {tuple(parameter.shape)}, belongs to no module that the step reaches",
+                        f"parameter {position} of {root}.param_groups[{index}], of shape {tuple(parameter.shape)}, belongs to "
+                        "no module that the step reaches",
                         "name its module: optimize(step_fn, ..., state=[model, optimizer])",
                     )
 
@@ -133,6 +144,7 @@ def _check_constants(traced: Traced) -> None:
             tensor = getattr(traced.module, str(node.target), None)
             if isinstance(tensor, torch.nn.Parameter) or (isinstance(tensor, torch.Tensor) and tensor.requires_grad):
                 raise UndeclaredState(
-                    f"a parameter of shape {tuple(tensor.shape)} is used at {torch_private.node_line(node)} but belongs to no module that the step reaches",
+                    f"a parameter of shape {tuple(tensor.shape)} is used at {torch_private.node_line(node)} but belongs "
+                    "to no module that the step reaches",
                     "name its module: optimize(step_fn, ..., state=[model, optimizer])",
                 )

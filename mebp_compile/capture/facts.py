@@ -1,8 +1,8 @@
 """Python values that a trace bakes in: numbers, strings and small containers that the step's own code reads, and the attributes of modules.
 
-A captured step never runs the user's Python again. What that Python could read is listed here as *places*: read before the trace and compared
-after it (`unchanged`: the step must not change them), and compared again at each call (`runtime.guards`: the caller may, and then the step is
-captured anew). Tensors in such places are read live at each call, so only their geometry is a fact.
+A captured step never runs the user's Python again. What that Python could read is listed here as *places*: read before the trace and
+compared after it (`unchanged`: the step must not change them), and compared again at each call (`runtime.guards`: the caller may, and then
+the step is captured anew). Tensors in such places are read live at each call, so only their geometry is a fact.
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ def _cells(function: Any) -> Iterator[Place]:
         except ValueError:
             continue
         yield Place(
-            f"{function.__qualname__}: {name}", lambda cell=cell: cell.cell_contents, lambda value, cell=cell: setattr(cell, "cell_contents", value)
+            f"{function.__qualname__}: {name}",
+            lambda cell=cell: cell.cell_contents,
+            lambda value, cell=cell: setattr(cell, "cell_contents", value),
         )
 
 
@@ -127,5 +129,8 @@ def _attributes(label: str, item: Any, names: set[str] | None) -> Iterator[Place
             continue
         if names is None or name in names:
             yield Place(
-                f"{label}.{name}", lambda name=name: vars(item).get(name), lambda value, name=name: setattr(item, name, value), settles=names is None
+                f"{label}.{name}",
+                lambda name=name: vars(item).get(name),
+                lambda value, name=name: setattr(item, name, value),
+                settles=names is None,
             )

@@ -117,7 +117,9 @@ def _reachable(item: Any, name: str, depth: int, reach: Reach) -> Iterator[tuple
 
 def _has_state(item: Any) -> bool:
     """Schedulers, scalers and their like; Python and numpy random generators."""
-    return not isinstance(item, torch.Tensor) and (hasattr(item, "state_dict") or hasattr(item, "getstate") or hasattr(item, "bit_generator"))
+    return not isinstance(item, torch.Tensor) and (
+        hasattr(item, "state_dict") or hasattr(item, "getstate") or hasattr(item, "bit_generator")
+    )
 
 
 def _children(item: Any, name: str, reach: Reach) -> Iterator[tuple[str, Any]]:
@@ -188,11 +190,13 @@ def _refuse_wrappers(found: State) -> None:
         for path, child in module.named_modules():
             if isinstance(child, wrappers) or type(child).__name__ == "FullyShardedDataParallel":
                 raise Unsupported(
-                    f"{'.'.join(filter(None, (root, path)))} is wrapped in {type(child).__name__}, whose communication would be lost in the capture",
+                    f"{'.'.join(filter(None, (root, path)))} is wrapped in {type(child).__name__}, whose communication "
+                    "would be lost in the capture",
                     "pass the module inside it (`.module`) and average the gradients in the step",
                 )
             if getattr(child, "gradient_checkpointing", False) and child.training:
                 raise Unsupported(
-                    f"gradient checkpointing is on in {'.'.join(filter(None, (root, path)))}: it would fix the recompute that the solver is to choose",
+                    f"gradient checkpointing is on in {'.'.join(filter(None, (root, path)))}: it would fix the recompute "
+                    "that the solver is to choose",
                     "switch it off: model.gradient_checkpointing_disable() (activation_checkpointing_disable() in newer transformers)",
                 )

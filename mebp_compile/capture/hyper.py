@@ -1,10 +1,10 @@
 """Live hyper-parameters: numbers of an optimizer's param groups that stay inputs of the captured step.
 
-While the step is traced every float in `param_groups` is replaced by a `LiveFloat`: a stand-in that remembers the expression that made it, so
-that `1 - lr * weight_decay` stays that expression, also when an optimizer computes it in plain Python. By the time it reaches an op it is a
-bare double, so its *bits* identify it: stand-ins are salted to be unmistakable, and the lowering looks each constant of the graph up in
-`HyperTable.expressions`. What Python decides on (`if weight_decay != 0`) is decided on the true value and recorded as a guard.
-A conversion that this can't follow (numpy, C code) would leave a salted number behind; `lost.lost_number` finds it by tracing with two salts.
+While the step is traced every float in `param_groups` is replaced by a `LiveFloat`: a stand-in that remembers the expression that made it,
+so that `1 - lr * weight_decay` stays that expression, also when an optimizer computes it in plain Python. By the time it reaches an op it
+is a bare double, so its *bits* identify it: stand-ins are salted to be unmistakable, and the lowering looks each constant of the graph up
+in `HyperTable.expressions`. What Python decides on (`if weight_decay != 0`) is decided on the true value and recorded as a guard. A
+conversion that this can't follow (numpy, C code) would leave a salted number behind; `lost.lost_number` finds it by tracing with two salts.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class HyperTable:
         self.guards: dict[str, Guard] = {}
 
     def live(self, value: float, expression: str) -> Number:
-        """A stand-in for a hyper-parameter: of its sign and magnitude, and equal to no other number by accident. 0 and 1 stay themselves, guarded."""
+        """A stand-in for a hyper-parameter: of its sign and magnitude, and equal to no other number by accident. 0 and 1 stay themselves,
+        guarded.
+        """
         if value in (0.0, 1.0) or not math.isfinite(value):
             self.guard(expression, value)
             return value

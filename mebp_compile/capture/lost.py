@@ -2,7 +2,8 @@
 
 The step is traced with two sets of stand-ins. Where a number was followed, both graphs name the same expression; where it was lost, the two
 graphs hold two different numbers, and the line that holds them is named. The optimizers of torch.optim are known to lose none
-(`tests/capture/test_hyper.py` holds them to that), so the second trace is made only for others, and where the step's own code reads param groups.
+(`tests/capture/test_hyper.py` holds them to that), so the second trace is made only for others, and where the step's own code reads param
+groups.
 """
 
 from __future__ import annotations
@@ -43,7 +44,11 @@ def _plain(traced: Traced, node: torch.fx.Node) -> Any:
     """A node as data in which hyper-parameters are expressions, whatever stood for them."""
     if node.op == "get_attr":
         constant = torch_private.constant_of(node)
-        content = None if constant.is_meta or torch_private.is_fake(constant) else constant.detach().contiguous().reshape(-1).view(torch.uint8).tolist()
+        content = (
+            None
+            if constant.is_meta or torch_private.is_fake(constant)
+            else constant.detach().contiguous().reshape(-1).view(torch.uint8).tolist()
+        )
         return traced.hyper.expression_of(constant) or (str(constant.dtype), content)
     return str(node.target), _argument(traced, node.args), _argument(traced, dict(node.kwargs))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from typing import Any
+
+import torch
 
 from mebp_compile import torch_private
 from mebp_compile.capture.find import State
@@ -12,7 +13,9 @@ from mebp_compile.capture.trace import Traced, parameter_names
 
 def optimizer_state_of(state: State) -> set[tuple[str, int]]:
     """(root, id of parameter) of all the optimizer state that exists."""
-    return {(root, id(parameter)) for root, optimizer in state.optimizers.items() for parameter, entries in optimizer.state.items() if entries}
+    return {
+        (root, id(parameter)) for root, optimizer in state.optimizers.items() for parameter, entries in optimizer.state.items() if entries
+    }
 
 
 def initialise_optimizer(optimizer: torch.optim.Optimizer) -> None:
@@ -38,10 +41,31 @@ def initialise_optimizer(optimizer: torch.optim.Optimizer) -> None:
                 optimizer.state.pop(parameter, None)
 
 
+def initialise_used(state: State, sources: set[str]) -> None:
+    """Make the state that a program known from before finds in its `sources`, as the capture made it."""
+    had = optimizer_state_of(state)
+    for optimizer in state.optimizers.values():
+        initialise_optimizer(optimizer)
+    owners = {_owner(source) for source in sources}
+    names = parameter_names(state)
+    used = {(root, key) for root in state.optimizers for key, name in names.items() if (root, name) in owners}
+    forget_state(state, keep=had | used)
+
+
+def forget_state(state: State, keep: set[tuple[str, int]]) -> None:
+    """Take away all optimizer state but that of the (root, id of parameter) in `keep`."""
+    for root, optimizer in state.optimizers.items():
+        for parameter in [parameter for parameter in optimizer.state if (root, id(parameter)) not in keep]:
+            del optimizer.state[parameter]
+
+
 def drop_unused_state(state: State, traced: Traced, had: set[tuple[str, int]]) -> None:
-    """Take away, from the optimizers and from the trace, the new state of parameters that the step doesn't update: eager would make none."""
+    """Take away, from the optimizers and from the trace, the new state of parameters that the step doesn't update: eager would make none.
+    """
     nodes = [node for node in traced.module.graph.nodes if node.op == "placeholder"]
-    used = {_owner(item.source) for item, node in zip(traced.inputs, nodes, strict=True) if node.users and item.source.startswith("optimizer:")}
+    used = {
+        _owner(item.source) for item, node in zip(traced.inputs, nodes, strict=True) if node.users and item.source.startswith("optimizer:")
+    }
     names = parameter_names(state)
     for root, optimizer in state.optimizers.items():
         for parameter in [parameter for parameter, entries in optimizer.state.items() if entries]:

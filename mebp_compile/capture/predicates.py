@@ -1,7 +1,7 @@
 """Predicates of the batch: `if attention_mask.all()` is evaluated on the real batch and becomes a guard.
 
-While the step is traced, a tensor whose value is asked for in Python (`.item()`, `bool()`, `torch.equal`) is looked up: where it was computed
-from batch tensors and constants alone, the very same ops are run on the example batch and the answer is used; the graph is then
+While the step is traced, a tensor whose value is asked for in Python (`.item()`, `bool()`, `torch.equal`) is looked up: where it was
+computed from batch tensors and constants alone, the very same ops are run on the example batch and the answer is used; the graph is then
 valid as long as the answer is the same, and the predicate, a small fx graph of its own, is kept to ask again at each call.
 """
 

@@ -19,7 +19,7 @@ from mebp_compile.capture.facts import tensor_places
 from mebp_compile.capture.find import State
 from mebp_compile.capture.hyper import HyperTable, followed_math, live_groups, stand_in
 from mebp_compile.capture.predicates import PredicateMode
-from mebp_compile.errors import CaptureError, UndeclaredState
+from mebp_compile.errors import CaptureError, UndeclaredState, Unsupported
 
 
 @dataclass(frozen=True)
@@ -105,17 +105,25 @@ def trace_step(step_fn: Callable[..., Any], state: State, batch: tuple[Any, ...]
 
 
 def _held_constants(module: torch.fx.GraphModule, state: State) -> dict[str, str]:
-    """The place of each constant of the graph that the user's own code holds. Raises UndeclaredState where none is known for such a tensor."""
+    """The place of each constant of the graph that the user's own code holds. Raises UndeclaredState where none is known for such a
+    tensor.
+    """
     owners = {id(read()): name for name, read in tensor_places(state).items()}
     held = {}
     for node in module.graph.nodes:
         if node.op == "get_attr":
             constant = torch_private.constant_of(node)
+            if not isinstance(constant, torch.Tensor):
+                raise Unsupported(
+                    f"an op at {torch_private.node_line(node)} takes a {type(constant).__name__}",
+                    "use torch's default generator, or draw the numbers before the step and pass them in the batch",
+                )
             if id(constant) in owners:
                 held[str(node.target)] = owners[id(constant)]
             elif id(constant) in state.reach.seen:
                 raise UndeclaredState(
-                    f"a tensor of shape {tuple(constant.shape)} used at {torch_private.node_line(node)} lies too deep in the step's closure to be followed",
+                    f"a tensor of shape {tuple(constant.shape)} used at {torch_private.node_line(node)} lies too deep in "
+                    "the step's closure to be followed",
                     "keep it in a variable that the step names, as a buffer of a module, or pass it in the batch",
                 )
     return held
@@ -125,7 +133,10 @@ def _fakes(inputs: list[Input], mode: Any) -> list[torch.Tensor]:
     """A fake for each input. State that shares a storage (views, ties) gives fakes that share one; each batch tensor has one of its own,
     since what it shares memory with (a whole data set, the same tokens passed as labels) may differ at each call.
     """
-    return [torch_private.dense_fake(mode, item.tensor) if item.role == "batch" else torch_private.fake_tensor(mode, item.tensor) for item in inputs]
+    return [
+        torch_private.dense_fake(mode, item.tensor) if item.role == "batch" else torch_private.fake_tensor(mode, item.tensor)
+        for item in inputs
+    ]
 
 
 class _Run:
@@ -150,7 +161,10 @@ class _Run:
             self._swap_optimizers(stack, given, parameters)
             predicates = stack.enter_context(PredicateMode(given, real))
             cleared = stack.enter_context(torch_private.gradients_cleared_first())
+            stack.enter_context(torch_private.no_reseeding(_refuse_reseeding))
+            memory = {name: torch_private.memory_of(tensor) for name, tensor in given.items()}
             returned = self.step_fn(*batch, **kwargs)
+            _check_memory(given, memory)
             self.cleared = [name for name, parameter in parameters.items() if id(parameter) in cleared]
             outputs = self._outputs(returned, given, parameters)
         self.predicates = predicates.guards
@@ -194,7 +208,8 @@ class _Run:
                 self.constants[index] = leaf
             else:
                 raise CaptureError(
-                    f"the step returns a {type(leaf).__name__}, which can't be a result of a compiled step", "return tensors, numbers, or dicts and lists of these"
+                    f"the step returns a {type(leaf).__name__}, which can't be a result of a compiled step",
+                    "return tensors, numbers, or dicts and lists of these",
                 )
         for name, parameter in parameters.items():
             if parameter.grad is not None:
@@ -217,6 +232,21 @@ class _Run:
                 source = f"buffer:{root}:{path}"
                 if buffer is not given.get(source):
                     yield source, buffer
+
+
+def _refuse_reseeding(function: str) -> None:
+    raise Unsupported(
+        f"the step calls torch's {function} at {torch_private.user_line()}, which a compiled step would not do again",
+        "seed before the step; and call no torch.utils.checkpoint in it: the solver chooses what is recomputed",
+    )
+
+
+def _check_memory(given: dict[str, torch.Tensor], memory: dict[str, Any]) -> None:
+    """`p.data = ...` gives a tensor other memory, which leaves no op in the trace."""
+    for source, tensor in given.items():
+        if torch_private.memory_of(tensor) != memory[source]:
+            name = ".".join(source.split(":")[1:])
+            raise Unsupported(f"the step gives {name} other memory (`.data = ...`)", "write into it: with torch.no_grad(): p.copy_(...)")
 
 
 def _forget_gradients(parameters: dict[str, torch.Tensor]) -> None:

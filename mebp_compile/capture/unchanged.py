@@ -42,7 +42,9 @@ def python_state_kept(step_fn: Callable[..., Any], state: State, settling: bool 
             settled += [functools.partial(place.write, value) for place, value, _, text in values if _has_settled(place, value, text)]
             values = [entry for entry in values if not _has_settled(entry[0], entry[1], entry[3])]
         changed = _restore_randoms(randoms) + _restore_objects(objects) + _restore_modes(modes) + _restore_values(values)
-        torch.set_rng_state(torch_rng)
+        if not torch.equal(torch.get_rng_state(), torch_rng):
+            torch.set_rng_state(torch_rng)
+            changed.append(("moved torch's generator by other means than its ops", "seed outside the step"))
     if changed:
         for undo in settled:
             undo()
@@ -70,7 +72,11 @@ def _random_states() -> dict[str, Any]:
 
 
 def _restore_randoms(before: dict[str, Any]) -> list[Change]:
-    changed = [(f"drew from Python's `{name}`", DRAW_FIX) for name, now in _random_states().items() if name in before and not _same(now, before[name])]
+    changed = [
+        (f"drew from Python's `{name}`", DRAW_FIX)
+        for name, now in _random_states().items()
+        if name in before and not _same(now, before[name])
+    ]
     random.setstate(before["random"])
     if "numpy.random" in before:
         sys.modules["numpy"].random.set_state(before["numpy.random"])
@@ -114,7 +120,9 @@ def _restore_modes(before: dict[tuple[str, str], tuple[Any, bool]]) -> list[Chan
     for (root, path), (module, training) in before.items():
         if module.training != training:
             module.training = training
-            changed.append((f"switched {'.'.join(filter(None, (root, path)))} between train() and eval()", "call train() or eval() before the step"))
+            changed.append(
+                (f"switched {'.'.join(filter(None, (root, path)))} between train() and eval()", "call train() or eval() before the step")
+            )
     return changed[:1]
 
 
@@ -127,8 +135,9 @@ def _restore_values(before: list[tuple[Place, Any, Any, str]]) -> list[Change]:
     changed = []
     for place, value, content, text in before:
         now = place.read()
-        if now is value and not _content_changed(value, content):
+        if now is value and not _content_differs(value, content):
             continue
+        differs = fact(now) != text or _content_differs(now, content)
         if isinstance(value, list):
             value[:] = content
         elif isinstance(value, (set, dict)):
@@ -136,19 +145,21 @@ def _restore_values(before: list[tuple[Place, Any, Any, str]]) -> list[Change]:
             value.update(content)
         if now is not value:
             place.write(value)
-        if now is value or fact(now) != text or not isinstance(value, SCALARS):
+        if differs:
             name = place.name.split(": ")[-1]
             changed.append((f"changed `{name}`{_values(value, now)}", "keep counters and logs outside the step, using what it returns"))
     return changed
 
 
-def _content_changed(value: Any, content: Any) -> bool:
-    """Whether a container holds other objects than it did."""
-    if isinstance(value, dict):
-        return list(value) != list(content) or any(value[key] is not content[key] for key in content)
-    if isinstance(value, list):
-        return len(value) != len(content) or any(left is not right for left, right in zip(value, content, strict=True))
-    return isinstance(value, set) and value != content
+def _content_differs(now: Any, content: Any) -> bool:
+    """Whether a value, or what a container holds, is another than it was: tensors by identity, all else by what it is."""
+    if isinstance(now, dict) and isinstance(content, dict):
+        return list(now) != list(content) or any(_content_differs(now[key], content[key]) for key in content)
+    if isinstance(now, (list, tuple)) and isinstance(content, (list, tuple)):
+        return len(now) != len(content) or any(map(_content_differs, now, content))
+    if isinstance(now, torch.Tensor) or isinstance(content, torch.Tensor):
+        return now is not content
+    return now is not content and fact(now) != fact(content)
 
 
 def _values(old: Any, new: Any) -> str:

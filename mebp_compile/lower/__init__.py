@@ -40,7 +40,8 @@ def _without_cleared_gradients(graph: Graph, cleared: tuple[str, ...]) -> Graph:
     used = {storage for op in graph.ops for storage in (*op.reads, *op.writes)} | {graph.storage_of(name) for _, name in graph.results}
     gone = {f"gradient:{name}" for name in cleared}
     storages = tuple(
-        replace(storage, size_bytes=0) if storage.source in gone and index not in used else storage for index, storage in enumerate(graph.storages)
+        replace(storage, size_bytes=0) if storage.source in gone and index not in used else storage
+        for index, storage in enumerate(graph.storages)
     )
     return replace(graph, storages=storages)
 
@@ -82,7 +83,13 @@ class _Lowering:
             elif node.op == "output":
                 self._output(node)
         return Graph(
-            self.name, tuple(self.storages), tuple(self.values.values()), tuple(self.ops), tuple(self.views), tuple(self.inputs), tuple(self.results)
+            self.name,
+            tuple(self.storages),
+            tuple(self.values.values()),
+            tuple(self.ops),
+            tuple(self.views),
+            tuple(self.inputs),
+            tuple(self.results),
         )
 
     # --- storages and values ---
@@ -185,7 +192,9 @@ class _Lowering:
     def _op(self, node: torch.fx.Node, target: Any, fx_args: Any, fx_kwargs: Any, made: Any) -> Any:
         """File one op; returns the names of what it makes: one name, or a tuple of them."""
         if target._opname in REFUSED:
-            raise GraphError(f"{target} at {torch_private.node_line(node)} replaces a tensor's storage", "write into the tensor with copy_ instead")
+            raise GraphError(
+                f"{target} at {torch_private.node_line(node)} replaces a tensor's storage", "write into the tensor with copy_ instead"
+            )
         place = self.places[node]
         args, kwargs = self._args(fx_args), tuple((key, self._arg(arg)) for key, arg in fx_kwargs.items())
         name = self.namer.op(place.module, target._opname, node)

@@ -30,7 +30,8 @@ def _used_views(graph: Graph, ops: list) -> tuple:  # type: ignore[type-arg]
 
 
 def predecessors(graph: Graph) -> list[set[int]]:
-    """For each op the ops that must run before it: writers of what it reads, readers and writers of what it writes, earlier random draws."""
+    """For each op the ops that must run before it: writers of what it reads, readers and writers of what it writes, earlier random draws.
+    """
     before: list[set[int]] = []
     writer: dict[int, int] = {}
     readers: dict[int, list[int]] = {}

@@ -39,7 +39,9 @@ def out_kernel(target: Any, made: Any) -> tuple[str, tuple[str, ...]]:
 
 def _dense(tensor: torch.Tensor) -> bool:
     """The tensor fills its storage exactly, in some order of dimensions."""
-    return tensor.storage_offset() == 0 and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size() and tensor.numel() > 0
+    return (
+        tensor.storage_offset() == 0 and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size() and tensor.numel() > 0
+    )
 
 
 @functools.cache

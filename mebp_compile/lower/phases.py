@@ -40,7 +40,9 @@ def places(graph: torch.fx.Graph) -> dict[torch.fx.Node, Places]:
 
 
 def _phases(graph: torch.fx.Graph) -> Iterator[tuple[torch.fx.Node, str]]:
-    """A node with the backward mark is backward; from `Optimizer.step` to its end is update; what follows backward unmarked is update too."""
+    """A node with the backward mark is backward; from `Optimizer.step` to its end is update; what follows backward unmarked is update
+    too.
+    """
     phase, updating = "forward", False
     for node in graph.nodes:
         if node.op not in ("call_function", "get_attr"):

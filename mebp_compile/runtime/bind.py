@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,10 +64,10 @@ def _quantise(state: State, scheme: str, folder: Path | None) -> WeightStore:
     module = next(iter(state.modules.values()))
     parent = (folder or cache_dir()) / "weights"
     parent.mkdir(parents=True, exist_ok=True)
-    number = 0
-    while (parent / f"{type(module).__name__}-{scheme}-{number}").exists():
-        number += 1
-    return WeightStore.from_module(module, parent / f"{type(module).__name__}-{scheme}-{number}", scheme)
+    own = tempfile.TemporaryDirectory(prefix=f"{type(module).__name__}-{scheme}-", dir=parent)
+    store = WeightStore.from_module(module, Path(own.name) / "store", scheme)
+    weakref.finalize(store, own.cleanup)  # a store that the caller did not ask for by name goes with its last user
+    return store
 
 
 def _name_in(store: WeightStore, path: str) -> str | None:

@@ -1,7 +1,7 @@
 """Guards: what a captured program relies on, asked again at every call.
 
-A program is found by its `signature` (batch geometry, train flags, which state exists); its hyper-parameter facts and batch predicates are then
-evaluated. Where anything differs the step is captured and planned anew, inside the same budget.
+A program is found by its `signature` (batch geometry, train flags, which state exists); its hyper-parameter facts and batch predicates are
+then evaluated. Where anything differs the step is captured and planned anew, inside the same budget.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from mebp_compile.capture.contract import Contract
 
 
 def signature(state: State, batch: Any, ignore_gradients: frozenset[str] = frozenset()) -> tuple[Any, ...]:
-    """Hashable facts that decide which program applies: batch, Python values, parameters, train flags, optimizer state, gradients, threads."""
+    """Hashable facts that decide which program applies: batch, Python values, parameters, train flags, optimizer state, gradients,
+    threads.
+    """
     leaves, spec = pytree.tree_flatten(batch)
     return (
         str(spec),
@@ -27,7 +29,12 @@ def signature(state: State, batch: Any, ignore_gradients: frozenset[str] = froze
         tuple(_parameter(root, path, parameter, ignore_gradients) for root, path, parameter in state.parameters()),
         tuple((tuple(buffer.shape), buffer.stride(), buffer.dtype) for top in state.modules.values() for buffer in top.buffers()),
         tuple(_optimizer(optimizer) for optimizer in state.optimizers.values()),
-        (torch.get_num_threads(), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), torch.is_autocast_enabled("cpu")),
+        (
+            torch.get_num_threads(),
+            torch.get_default_dtype(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_autocast_enabled("cpu"),
+        ),
     )
 
 
@@ -45,7 +52,9 @@ def _parameter(root: str, path: str, parameter: torch.Tensor, ignore: frozenset[
 def _optimizer(optimizer: torch.optim.Optimizer) -> Any:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return tuple(
-        tuple(key if value is not None else (key, None) for key, value in optimizer.state[parameter].items()) if parameter in optimizer.state else None
+        tuple(key if value is not None else (key, None) for key, value in optimizer.state[parameter].items())
+        if parameter in optimizer.state
+        else None
         for parameter in parameters
     )
 

@@ -72,8 +72,8 @@ STEPS: dict[str, Callable[..., Any]] = {
 def test_state_is_found(name: str) -> None:
     """The module and the optimizer are found once each, however the step holds them."""
     state = find_state(STEPS[name])
-    assert [module for module in state.modules.values()] == [MODEL]
-    assert [optimizer for optimizer in state.optimizers.values()] == [OPTIMIZER]
+    assert list(state.modules.values()) == [MODEL]
+    assert list(state.optimizers.values()) == [OPTIMIZER]
     assert all(root.isidentifier() for root in (*state.modules, *state.optimizers))
 
 
@@ -144,7 +144,16 @@ def test_facts_follow_plain_values() -> None:
 
 @pytest.mark.parametrize(
     ("left", "right"),
-    [(1, True), (1, 1.0), (0.0, -0.0), ([1], (1,)), ({"a": 1}, {"a": 2}), (torch.ones(2), torch.ones(3)), (lambda: 1, lambda: 2), (None, 0)],
+    [
+        (1, True),
+        (1, 1.0),
+        (0.0, -0.0),
+        ([1], (1,)),
+        ({"a": 1}, {"a": 2}),
+        (torch.ones(2), torch.ones(3)),
+        (lambda: 1, lambda: 2),
+        (None, 0),
+    ],
 )
 def test_facts_tell_values_apart(left: Any, right: Any) -> None:
     """Values that Python calls equal, or that print alike, are different facts where code can tell them apart."""

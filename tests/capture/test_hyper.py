@@ -26,7 +26,9 @@ def evaluate(expression: str, **values: float) -> Any:
     return eval(expression, {"__builtins__": HYPER_NAMES, "math": math}, values)
 
 
-@given(NUMBERS, NUMBERS, st.lists(st.sampled_from(["+", "-", "*", "/", "r-", "r/", "neg", "abs", "sqrt", "//", "%"]), min_size=1, max_size=6))
+@given(
+    NUMBERS, NUMBERS, st.lists(st.sampled_from(["+", "-", "*", "/", "r-", "r/", "neg", "abs", "sqrt", "//", "%"]), min_size=1, max_size=6)
+)
 @settings(max_examples=200, deadline=None)
 def test_expressions_give_what_python_gives(lr: float, other: float, steps: list[str]) -> None:
     """Any chain of arithmetic on a live number is an expression whose value, from the true number, is the same double."""
@@ -80,7 +82,9 @@ def test_zero_and_one_stay_themselves_under_guard() -> None:
 
 def test_equal_values_have_different_stand_ins() -> None:
     """Two groups with the same learning rate are told apart; another salt gives other stand-ins."""
-    optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.ones(1))], "lr": 0.1}, {"params": [nn.Parameter(torch.ones(1))], "lr": 0.1}])
+    optimizer = torch.optim.SGD(
+        [{"params": [nn.Parameter(torch.ones(1))], "lr": 0.1}, {"params": [nn.Parameter(torch.ones(1))], "lr": 0.1}]
+    )
     first, second = (group["lr"] for group in live_groups(optimizer, "own", HyperTable()))
     assert stand_in(first) != stand_in(second)
     assert stand_in(live_groups(optimizer, "own", HyperTable("again"))[0]["lr"]) != stand_in(first)
@@ -98,8 +102,10 @@ def test_constants_made_of_hyper_parameters_are_found() -> None:
 
 
 KINDS: dict[str, dict[str, Any]] = {
-    "SGD": {"momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01}, "Adam": {"weight_decay": 0.01}, "AdamW": {}, "NAdam": {"weight_decay": 0.01},
-    "Adamax": {"weight_decay": 0.01}, "RMSprop": {"momentum": 0.9, "weight_decay": 0.01, "centered": True}, "Adadelta": {"weight_decay": 0.01},
+    "SGD": {"momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01}, "Adam": {"weight_decay": 0.01}, "AdamW": {},
+    "NAdam": {"weight_decay": 0.01},
+    "Adamax": {"weight_decay": 0.01}, "RMSprop": {"momentum": 0.9, "weight_decay": 0.01, "centered": True},
+    "Adadelta": {"weight_decay": 0.01},
     "Adagrad": {"lr_decay": 0.01, "weight_decay": 0.01},
 }  # fmt: skip
 
@@ -108,7 +114,9 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("foreach", [False, True], ids=["loop", "foreach"])
 @pytest.mark.parametrize("kind", KNOWN, ids=lambda kind: kind.__name__)
 def test_known_optimizers_lose_no_hyper_parameter(kind: type[torch.optim.Optimizer], foreach: bool, dtype: torch.dtype) -> None:
-    """Two traces with different stand-ins agree for every optimizer that is trusted without the second trace, before and after its first step."""
+    """Two traces with different stand-ins agree for every optimizer that is trusted without the second trace, before and after its first
+    step.
+    """
     net = nn.Linear(3, 2).to(dtype)
     own = kind(net.parameters(), lr=0.05, foreach=foreach, **KINDS[kind.__name__])  # type: ignore[call-arg]
 

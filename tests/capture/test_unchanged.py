@@ -15,9 +15,11 @@ from mebp_compile.errors import ClosureChanged, Unsupported
 
 
 def test_nothing_changed_is_fine() -> None:
-    """A block that changes nothing passes, and draws from torch's generator are undone."""
+    """A block that changes nothing passes; one that moves torch's generator does not, and that is undone."""
     before = torch.get_rng_state()
     with python_state_kept(len, find_state(lambda: None)):
+        pass
+    with pytest.raises(ClosureChanged, match="generator"), python_state_kept(len, find_state(lambda: None)):
         torch.rand(3)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -26,10 +28,14 @@ def test_changes_are_undone_when_the_block_raises() -> None:
     """An error of the block's own comes through, with Python state put back all the same."""
     box = {"n": 1}
     drawn = random.getstate()
-    with pytest.raises(KeyError), python_state_kept(len, find_state(lambda: box)):
+
+    def change() -> None:
         box["n"] = 2
         random.random()
         raise KeyError
+
+    with pytest.raises(KeyError), python_state_kept(change, find_state(lambda: box)):
+        change()
     assert box == {"n": 1}
     assert random.getstate() == drawn
 
