@@ -284,6 +284,14 @@ def test_generators_of_the_users_own_are_refused() -> None:
     )
 
 
+def test_recurrent_layers_of_mkldnn_are_refused() -> None:
+    """mkldnn's LSTM keeps what its backward pass needs out of sight."""
+    torch.manual_seed(0)
+    lstm = nn.LSTM(8, 8)
+    training = small(lambda net, own, x, y: loss_of(net, lstm(x[None])[0][0], y))
+    refused(training, Unsupported, "mkldnn_rnn_layer", "mkldnn.flags(enabled=False)")
+
+
 def test_replaced_data_is_refused() -> None:
     """`p.data = ...` leaves no op in the trace."""
 

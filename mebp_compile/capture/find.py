@@ -29,12 +29,16 @@ class Reach:
 
 @dataclass
 class State:
-    """Roots by the name they have in the step: modules, optimizers, and other objects whose Python state must not change."""
+    """Roots by the name they have in the step: modules, optimizers, and other objects whose Python state must not change.
+
+    stand_ins: during a trace, (stand-in, the tensor that it stands for) by the id of the stand-in.
+    """
 
     modules: dict[str, nn.Module] = field(default_factory=dict)
     optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
     others: dict[str, Any] = field(default_factory=dict)
-    reach: Reach = field(default_factory=lambda: Reach())
+    reach: Reach = field(default_factory=Reach)
+    stand_ins: dict[int, tuple[Any, Any]] = field(default_factory=dict)
 
     def parameters(self) -> Iterator[tuple[str, str, nn.Parameter]]:
         """(root, path, parameter) of every parameter, each object once."""

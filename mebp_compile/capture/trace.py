@@ -154,6 +154,7 @@ class _Run:
 
     def __call__(self, *tensors: torch.Tensor) -> list[Any]:
         given = {item.source: tensor for item, tensor in zip(self.inputs, tensors, strict=True)}
+        self.state.stand_ins = {id(tensor): (tensor, item.tensor) for item, tensor in zip(self.inputs, tensors, strict=True)}
         batch, kwargs = self._batch(given)
         real = {item.source: item.tensor for item in self.inputs if item.role == "batch"}
         with contextlib.ExitStack() as stack:

@@ -20,6 +20,7 @@ from mebp_compile.errors import ClosureChanged
 SCHEDULER_FIX = "call scheduler.step() outside the step, after it returns; the new learning rate is picked up at the next call"
 DRAW_FIX = "draw the numbers before the step and pass them in the batch, or use torch's generator"
 Change = tuple[str, str]
+StandIns = dict[int, tuple[Any, Any]]
 
 
 @contextlib.contextmanager
@@ -41,7 +42,8 @@ def python_state_kept(step_fn: Callable[..., Any], state: State, settling: bool 
         if settling:
             settled += [functools.partial(place.write, value) for place, value, _, text in values if _has_settled(place, value, text)]
             values = [entry for entry in values if not _has_settled(entry[0], entry[1], entry[3])]
-        changed = _restore_randoms(randoms) + _restore_objects(objects) + _restore_modes(modes) + _restore_values(values)
+        changed = _restore_randoms(randoms) + _restore_objects(objects) + _restore_modes(modes) + _restore_values(values, state.stand_ins)
+        state.stand_ins = {}
         if not torch.equal(torch.get_rng_state(), torch_rng):
             torch.set_rng_state(torch_rng)
             changed.append(("moved torch's generator by other means than its ops", "seed outside the step"))
@@ -130,14 +132,14 @@ def _shallow_copy(value: Any) -> Any:
     return copy.copy(value) if isinstance(value, (list, set, dict)) else value
 
 
-def _restore_values(before: list[tuple[Place, Any, Any, str]]) -> list[Change]:
+def _restore_values(before: list[tuple[Place, Any, Any, str]], stand_ins: StandIns) -> list[Change]:
     """Put back cells, globals, attributes and the content of containers; tell which had changed."""
     changed = []
-    for place, value, content, text in before:
+    for place, value, content, _ in before:
         now = place.read()
-        if now is value and not _content_differs(value, content):
+        differs = _differs(now, content, stand_ins)
+        if now is value and not differs:
             continue
-        differs = fact(now) != text or _content_differs(now, content)
         if isinstance(value, list):
             value[:] = content
         elif isinstance(value, (set, dict)):
@@ -151,14 +153,16 @@ def _restore_values(before: list[tuple[Place, Any, Any, str]]) -> list[Change]:
     return changed
 
 
-def _content_differs(now: Any, content: Any) -> bool:
-    """Whether a value, or what a container holds, is another than it was: tensors by identity, all else by what it is."""
+def _differs(now: Any, content: Any, stand_ins: StandIns) -> bool:
+    """Whether a value, or what a container holds, is another than it was: tensors by identity (a stand-in counts as what it stands for, since
+    modules that list their own weights list them again when they are swapped), all else by what it is.
+    """
     if isinstance(now, dict) and isinstance(content, dict):
-        return list(now) != list(content) or any(_content_differs(now[key], content[key]) for key in content)
+        return list(now) != list(content) or any(_differs(now[key], content[key], stand_ins) for key in content)
     if isinstance(now, (list, tuple)) and isinstance(content, (list, tuple)):
-        return len(now) != len(content) or any(map(_content_differs, now, content))
+        return len(now) != len(content) or any(_differs(new, old, stand_ins) for new, old in zip(now, content, strict=True))
     if isinstance(now, torch.Tensor) or isinstance(content, torch.Tensor):
-        return now is not content
+        return stand_ins.get(id(now), (now, now))[1] is not content
     return now is not content and fact(now) != fact(content)
 
 

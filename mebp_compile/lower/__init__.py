@@ -23,7 +23,15 @@ from mebp_compile.lower.out_kernels import out_kernel
 from mebp_compile.lower.phases import Places, places
 
 IDENTITY = (torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh.default, torch.ops.aten.detach_.default)
-REFUSED = ("set_", "resize_", "resize_as_", "set_data")
+# Ops that can't be scheduled: (what they do, what to do instead).
+REPLACES = ("replaces a tensor's storage", "write into the tensor with copy_ instead")
+REFUSED = {
+    **dict.fromkeys(("set_", "resize_", "resize_as_", "set_data"), REPLACES),
+    "mkldnn_rnn_layer": (
+        "keeps a workspace only while gradients are recorded, and does not say how large",
+        "run the step with torch.backends.mkldnn.flags(enabled=False)",
+    ),
+}
 
 
 def lower(traced: Traced, name: str = "step") -> Graph:
@@ -192,9 +200,8 @@ class _Lowering:
     def _op(self, node: torch.fx.Node, target: Any, fx_args: Any, fx_kwargs: Any, made: Any) -> Any:
         """File one op; returns the names of what it makes: one name, or a tuple of them."""
         if target._opname in REFUSED:
-            raise GraphError(
-                f"{target} at {torch_private.node_line(node)} replaces a tensor's storage", "write into the tensor with copy_ instead"
-            )
+            what, fix = REFUSED[target._opname]
+            raise Unsupported(f"{target} at {torch_private.node_line(node)} {what}", fix)
         place = self.places[node]
         args, kwargs = self._args(fx_args), tuple((key, self._arg(arg)) for key, arg in fx_kwargs.items())
         name = self.namer.op(place.module, target._opname, node)
