@@ -122,7 +122,7 @@ class _Writer:
         out = tuple(self._buffer(number, output) for output in op.outputs) if self._in_arena(number, op) else ()
         made = self.graph.value[op.outputs[0]] if op.outputs and op.outputs[0] else None
         text = call(op, names, tuple(text for text in out if text), self._new(made) if made else "")
-        several = len(op.outputs) > 1 or op.target.startswith("aten._foreach_") or op.target.startswith("aten.split")
+        several = len(op.outputs) > 1 or op.listed
         if not op.outputs or (all(target == "_" for target in targets) and not spare):
             self._line(text, self._note(op, number, again))
         else:
@@ -192,7 +192,7 @@ class _Writer:
         view = self.graph.view.get(name)
         if view is not None:
             inner = {part: self._use(part) for part in inputs_of(view)}
-            several = len(view.outputs) > 1
+            several = len(view.outputs) > 1 or view.listed
             if several:
                 left = ", ".join(part or "_" for part in view.outputs) + ","
                 self._line(f"{left} = {call(view, inner, (), '')}")

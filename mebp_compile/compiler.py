@@ -190,7 +190,12 @@ class CompiledStep:
         key = self._key(batch, kwargs)
         made = cache.find(key, lambda contract: holds(contract, live.hyper, given)) if key else None
         if made is None:
-            made = build(self.step_fn, self.state, self.options, (batch, kwargs), self.streamed, self.tell)
+            had = optimizer_state_of(self.state)
+            try:
+                made = build(self.step_fn, self.state, self.options, (batch, kwargs), self.streamed, self.tell)
+            except BaseException:
+                forget_state(self.state, keep=had)
+                raise
             for each in {key, self._key(batch, kwargs)} - {""}:  # as the optimizer was before its state was made, and as it is now
                 cache.keep(each, *made)
         else:

@@ -80,6 +80,7 @@ class Op:
 
     `out` names the out= arguments of the native kernel `out_target` that fills given buffers with the same bits (empty: none exists).
     `menu` is not empty for a Loop: a region that may run tile by tile; `body` is then what one tile does.
+    `listed`: its one result comes in a list of one (unbind of a single row).
     """
 
     name: str
@@ -99,6 +100,7 @@ class Op:
     out: tuple[str, ...] = ()
     menu: tuple[LoopChoice, ...] = ()
     body: Graph | None = None
+    listed: bool = False
 
 
 @dataclass(frozen=True)

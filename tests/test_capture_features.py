@@ -442,6 +442,9 @@ class Odd(nn.Module):
         mixed[:, 0] += second[:, 0]
         rows = torch.stack([row * (index + 1) for index, row in enumerate(mixed.unbind(0))])
         left, right = third.chunk(2, dim=-1)
+        (only,) = third[:1].unbind(0)  # lists of one
+        (whole,) = third.split(4, dim=-1)
+        left = left + only[0] * whole[0, 1]
         joined = Scaled.apply(rows + torch.cat([right, left], dim=-1).expand(1, -1, -1).squeeze(0))
         self.seen.add_(1)
         self.mean = 0.9 * self.mean + 0.1 * joined.detach().mean(0)
@@ -495,6 +498,7 @@ def parametrized() -> nn.Module:
     return nn.Sequential(wrap.weight_norm(nn.Linear(8, 8)), wrap.spectral_norm(nn.Linear(8, 4)))
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # torch's own, from reading the mkldnn flags
 @pytest.mark.parametrize("model", [recurrent, parametrized])
 def test_modules_that_handle_their_own_weights_are_bit_equal(model: Callable[[], nn.Module]) -> None:
     """Recurrent layers, and parametrized ones."""

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from law1 import snapshot
+from law1 import estimated_costs, snapshot
 from models import OPTIMIZERS, Recipe, Training
 from torch import nn
 
 from mebp_compile.compiler import optimize
-from mebp_compile.errors import CaptureError, ClosureChanged, DataDependentBranch, MebpError, UndeclaredState, Unsupported
+from mebp_compile.errors import BudgetInfeasible, CaptureError, ClosureChanged, DataDependentBranch, MebpError, UndeclaredState, Unsupported
 
 Body = Callable[[nn.Module, torch.optim.Optimizer, torch.Tensor, torch.Tensor], Any]
 
@@ -332,6 +332,22 @@ def test_an_error_of_the_step_names_its_line() -> None:
 
     error = refused(small(body), CaptureError, "while the step was traced", __file__)
     assert error.__cause__ is not None
+
+
+def test_an_infeasible_budget_leaves_no_trace() -> None:
+    """A budget that is refused after the capture takes the optimizer's fresh state away again."""
+
+    def body(net: nn.Module, own: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        loss = loss_of(net, x, y)
+        own.step()
+        return loss
+
+    training = small(body)
+    before = snapshot(training)
+    with pytest.raises(BudgetInfeasible), estimated_costs():
+        optimize(training.step, 1000, effort="fast", cache=False).prepare(*training.batch(0))
+    assert snapshot(training) == before
+    assert not training.optimizers[0].state
 
 
 def test_no_callable_is_refused() -> None:

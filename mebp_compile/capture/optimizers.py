@@ -60,8 +60,7 @@ def forget_state(state: State, keep: set[tuple[str, int]]) -> None:
 
 
 def drop_unused_state(state: State, traced: Traced, had: set[tuple[str, int]]) -> None:
-    """Take away, from the optimizers and from the trace, the new state of parameters that the step doesn't update: eager would make none.
-    """
+    """Take away, from the optimizers and from the trace, new state of parameters that the step doesn't update: eager would make none."""
     nodes = [node for node in traced.module.graph.nodes if node.op == "placeholder"]
     used = {
         _owner(item.source) for item, node in zip(traced.inputs, nodes, strict=True) if node.users and item.source.startswith("optimizer:")

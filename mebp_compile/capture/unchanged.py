@@ -154,8 +154,8 @@ def _restore_values(before: list[tuple[Place, Any, Any, str]], stand_ins: StandI
 
 
 def _differs(now: Any, content: Any, stand_ins: StandIns) -> bool:
-    """Whether a value, or what a container holds, is another than it was: tensors by identity (a stand-in counts as what it stands for, since
-    modules that list their own weights list them again when they are swapped), all else by what it is.
+    """Whether a value, or what a container holds, is another than it was: tensors by identity (a stand-in counts as what it stands for,
+    since modules that list their own weights list them again when they are swapped), all else by what it is.
     """
     if isinstance(now, dict) and isinstance(content, dict):
         return list(now) != list(content) or any(_differs(now[key], content[key], stand_ins) for key in content)

@@ -210,17 +210,19 @@ class _Lowering:
         writes = tuple(dict.fromkeys(self.values[self.of_node[item]].storage for item in written))
         if any(self.storages[storage].role == "batch" for storage in writes):
             raise Unsupported(f"{target} at {torch_private.node_line(node)} writes into a tensor of the batch", "clone it first")
+        known = len(self.values)
         outputs, creates = self._outputs(name, made)
         source = torch_private.node_line(node) if place.phase == "forward" else ""
         if not creates and not writes and target is not torch.ops.aten._local_scalar_dense.default and outputs:
-            self._view(name, target, args, kwargs, outputs, place)
+            if len(self.values) > known:  # otherwise it only renames values that exist
+                self._view(name, target, args, kwargs, outputs, _listed(made), place)
             return outputs[0] if isinstance(made, torch.Tensor) else outputs
         reads = tuple(storage for storage in dict.fromkeys(used) if storage not in writes)
         out_target, out = out_kernel(target, made)
         fresh = tuple(output if output is not None and self.values[output].storage in creates else None for output in outputs)
         self.ops.append(
             Op(name, torch_private.target_name(target), args, kwargs, fresh, creates, reads, writes, place.phase, place.module, source,
-               place.forward_op, torch_private.draws_random_numbers(target, fx_args, fx_kwargs), out_target, out)
+               place.forward_op, torch_private.draws_random_numbers(target, fx_args, fx_kwargs), out_target, out, listed=_listed(made))
         )  # fmt: skip
         return outputs if isinstance(made, (list, tuple)) else (outputs[0] if outputs else None)
 
@@ -230,7 +232,7 @@ class _Lowering:
         creates: list[int] = []
         parts = list(made) if isinstance(made, (list, tuple)) else ([] if made is None else [made])
         for index, part in enumerate(parts):
-            label = name if len(parts) == 1 else f"{name}_{index}"
+            label = name if len(parts) == 1 else self.namer.unique(f"{name}_{index}")
             if isinstance(part, torch.Tensor):
                 storage, new = self._storage(part, label, "activation")
                 outputs.append(self._value(label, part, storage))
@@ -244,10 +246,10 @@ class _Lowering:
                 creates.append(storage)
         return tuple(outputs), tuple(creates)
 
-    def _view(self, name: str, target: Any, args: Any, kwargs: Any, outputs: tuple[str | None, ...], place: Places) -> None:
-        """A view op: kept aside, to be placed where its result is used. One that only renames an existing value is dropped."""
-        if name in outputs or any(output and output.startswith(f"{name}_") for output in outputs):
-            self.views.append(Op(name, torch_private.target_name(target), args, kwargs, outputs, phase=place.phase, module=place.module))
+    def _view(self, name: str, target: Any, args: Any, kwargs: Any, outputs: tuple[str | None, ...], listed: bool, place: Places) -> None:
+        """A view op: kept aside, to be placed where its result is used."""
+        target_name = torch_private.target_name(target)
+        self.views.append(Op(name, target_name, args, kwargs, outputs, phase=place.phase, module=place.module, listed=listed))
 
     # --- arguments and results ---
 
@@ -276,3 +278,8 @@ class _Lowering:
         leaves = node.args[0] if isinstance(node.args[0], (list, tuple)) else [node.args[0]]
         for path, leaf in zip(self.traced.results, leaves, strict=True):
             self.results.append((path, self.of_node[leaf]))  # type: ignore[index]
+
+
+def _listed(made: Any) -> bool:
+    """Whether an op gives its one result in a list."""
+    return isinstance(made, (list, tuple)) and len(made) == 1

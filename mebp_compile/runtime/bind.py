@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mebp_compile import torch_private
 from mebp_compile.capture import State
 from mebp_compile.config import SCHEMES, cache_dir
 from mebp_compile.errors import OptionError, StoreError
@@ -103,13 +104,13 @@ def _check_none_on_meta(state: State, streamed: Any = ()) -> None:
 def become_meta(parameter: nn.Parameter) -> None:
     """Give up a parameter's memory; the object, its shape and dtype stay."""
     if parameter.device.type != "meta":
-        torch.utils.swap_tensors(parameter, nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad))
+        torch_private.exchange(parameter, nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad))
 
 
 def _materialise(store: WeightStore, name: str, parameter: nn.Parameter) -> None:
     """Fill a parameter on meta that is stored as it is."""
     if parameter.device.type == "meta":
-        torch.utils.swap_tensors(parameter, nn.Parameter(store.dense(name, parameter.dtype), parameter.requires_grad))
+        torch_private.exchange(parameter, nn.Parameter(store.dense(name, parameter.dtype), parameter.requires_grad))
 
 
 @contextlib.contextmanager
@@ -120,7 +121,7 @@ def dense_weights(state: State, streamed: Streamed | None) -> Iterator[None]:
         name = streamed.names.get(f"parameter:{root}:{path}") if streamed is not None else None
         if name is not None and streamed is not None:
             dense = torch.nn.Parameter(streamed.store.dense(name, parameter.dtype), requires_grad=False)
-            torch.utils.swap_tensors(parameter, dense)
+            torch_private.exchange(parameter, dense)
             held.append(parameter)
     try:
         yield

@@ -34,6 +34,7 @@ def signature(state: State, batch: Any, ignore_gradients: frozenset[str] = froze
             torch.get_default_dtype(),
             torch.are_deterministic_algorithms_enabled(),
             torch.is_autocast_enabled("cpu"),
+            torch.backends.mkldnn.enabled,
         ),
     )
 

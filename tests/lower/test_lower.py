@@ -131,6 +131,18 @@ def test_views_share_the_storage_of_their_base() -> None:
     assert [op.target for op in graph.ops if base in op.writes] == ["aten.add_.Tensor"]
 
 
+def test_results_of_lists_never_share_a_name() -> None:
+    """The third part of the first split and the third split are different values."""
+
+    def step(x: torch.Tensor) -> Any:
+        parts = [(x * number).split(2) for number in range(4)]
+        return [piece.sum() for pieces in parts for piece in pieces]
+
+    graph = small(step, torch.ones(6))
+    assert len({value.name for value in graph.values}) == len(graph.values)
+    assert len([value for value in graph.values if value.name in graph.view]) == 12
+
+
 def test_replacing_a_storage_is_refused() -> None:
     """`set_` and `resize_` change what a storage is."""
 
