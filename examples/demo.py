@@ -91,7 +91,9 @@ def run_eager(budget: str) -> dict[str, Any]:
 # --- inside the budget ---
 
 
-def train(compiled: CompiledStep, model: torch.nn.Module, optimizer: Any, chosen: finetune.Settings, steps: int, progress: Progress) -> dict[str, Any]:
+def train(
+    compiled: CompiledStep, model: torch.nn.Module, optimizer: Any, chosen: finetune.Settings, steps: int, progress: Progress
+) -> dict[str, Any]:
     """Train, measuring every step but the first, which touches the arena's pages and warms the kernels."""
     losses, seconds, anon_bytes, state_digest = [], [], 0, ""
     for number, batch in enumerate(itertools.islice(text_batches(chosen), steps), 1):
@@ -107,7 +109,13 @@ def train(compiled: CompiledStep, model: torch.nn.Module, optimizer: Any, chosen
             state_digest = digest(model, optimizer.state)
         progress.update("train", number, steps, f"loss {losses[-1]:.4f}  {seconds[-1]:.2f} s")
     tensors = meter_storages(compiled.program, list(next(text_batches(chosen))))
-    return {"losses": losses, "seconds": statistics.median(seconds[1:]), "digest": state_digest, "anon_bytes": anon_bytes, "storage_bytes": tensors.peak_bytes}
+    return {
+        "losses": losses,
+        "seconds": statistics.median(seconds[1:]),
+        "digest": state_digest,
+        "anon_bytes": anon_bytes,
+        "storage_bytes": tensors.peak_bytes,
+    }
 
 
 def main() -> int:
@@ -126,7 +134,9 @@ def main() -> int:
 
 def demo(budget: str, steps: int) -> int:
     progress, chosen = Progress(), settings(budget)
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    )
     with progress.stage("weights: quantised to int4 on disk, tensor by tensor"):
         model, store = finetune.build_model(chosen, progress)
     step_fn, optimizer = finetune.make_step(model, chosen)
@@ -137,7 +147,10 @@ def demo(budget: str, steps: int) -> int:
     started = time.perf_counter()
     finetune.plan_again(step_fn, chosen, store)
     again_s = time.perf_counter() - started
-    print(f"\n{compiled}\n\ncaptured and planned in {planned_s:.0f} s with at most {format_bytes(max(peaks))} resident; again, from the cache, in {again_s:.1f} s")
+    print(
+        f"\n{compiled}\n\ncaptured and planned in {planned_s:.0f} s with at most {format_bytes(max(peaks))} resident; "
+        f"again, from the cache, in {again_s:.1f} s"
+    )
     print(f"{len(compiled.code.splitlines()):,} lines of Python in {compiled.save(OUT / 'program').relative_to(OUT.parent)}/program.py\n")
     with progress.stage(f"plain PyTorch, {COMPARED_STEPS} steps in a process of its own"):
         plain = run_eager(budget)
@@ -162,8 +175,13 @@ def report(compiled: CompiledStep, plain: dict[str, Any], ours: dict[str, Any], 
     print(f"{'seconds a step, median':42}{plain['seconds']:>16.2f}{ours['seconds']:>16.2f}")
     equal = plain["digest"] == ours["digest"] and plain["losses"] == ours["losses"][:COMPARED_STEPS]
     inside = max(ours["storage_bytes"], ours["anon_bytes"], compiled.plan.peak_bytes) <= budget_bytes
-    print(f"\nloss over {steps} steps: {ours['losses'][0]:.3f} -> {ours['losses'][-1]:.3f} (mean of the first half {first:.3f}, of the second {last:.3f})")
-    print(f"parameters, optimizer state and losses after {COMPARED_STEPS} steps equal plain PyTorch's bit for bit: {'yes' if equal else 'NO'}")
+    print(
+        f"\nloss over {steps} steps: {ours['losses'][0]:.3f} -> {ours['losses'][-1]:.3f} "
+        f"(mean of the first half {first:.3f}, of the second {last:.3f})"
+    )
+    print(
+        f"parameters, optimizer state and losses after {COMPARED_STEPS} steps equal plain PyTorch's bit for bit: {'yes' if equal else 'NO'}"
+    )
     print(f"measured peak inside the budget: {'yes' if inside else 'NO'}")
     return 0 if equal and inside and last < first else 1
 

@@ -48,8 +48,12 @@ def main() -> int:
         ratios.append(seconds[-1][1] / seconds[-1][0])
     eager_s, ours_s = (statistics.median(column) for column in zip(*seconds, strict=True))
     print(f"{given.layers} layers, sequence {given.sequence}, {torch.get_num_threads()} threads, {given.pairs} pairs")
-    print(f"eager {eager_s:.3f} s, compiled {ours_s:.3f} s; ratio: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
-    print(f"recomputes {compiled.plan.report.recomputes}, offloads {compiled.plan.report.offloads}, arena {compiled.plan.placement.arena_bytes:,} bytes")
+    print(
+        f"eager {eager_s:.3f} s, compiled {ours_s:.3f} s; ratio: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}"
+    )
+    print(
+        f"recomputes {compiled.plan.report.recomputes}, offloads {compiled.plan.report.offloads}, arena {compiled.plan.placement.arena_bytes:,} bytes"
+    )
     return 0
 
 

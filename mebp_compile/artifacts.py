@@ -22,7 +22,7 @@ from mebp_compile.errors import DiskError, GraphError, OptionError
 from mebp_compile.graph import PERSISTENT, Graph, from_json, to_json, verify
 from mebp_compile.overhead import charged_sizes, constant_overhead
 from mebp_compile.place import ALIGN, Life, Placement, lives
-from mebp_compile.plan import Plan, tensor_peak
+from mebp_compile.planning import Plan, tensor_peak
 from mebp_compile.walk import walk
 from solvers.baselines import keep_all
 
@@ -102,7 +102,9 @@ def load_artifacts(folder: str | Path) -> tuple[Graph, Plan, str]:
         digests = data.pop("sha256")
         damaged = [name for name in DATA if digests[name] != _digest(texts[name])]
         if damaged:
-            raise GraphError(f"{' and '.join(damaged)} in {folder} are not what {PLAN} was written with (edited, or saving was cut short)", AGAIN)
+            raise GraphError(
+                f"{' and '.join(damaged)} in {folder} are not what {PLAN} was written with (edited, or saving was cut short)", AGAIN
+            )
         return from_json(texts["graph.json"]), _plan(texts, data), texts[PROGRAM]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, OptionError):
@@ -215,9 +217,13 @@ def _placed(graph: Graph, plan: Plan) -> list[Life]:
     for key, offset in plan.placement.offsets.items():
         life = every.get(key)
         if life is None or not life.fits_arena:
-            raise GraphError(f"offsets.json places storage {key[1]} made at step {key[0]}, which is not made there or can't lie in the arena", AGAIN)
+            raise GraphError(
+                f"offsets.json places storage {key[1]} made at step {key[0]}, which is not made there or can't lie in the arena", AGAIN
+            )
         if offset < 0 or offset % ALIGN or offset + life.size_bytes > plan.placement.arena_bytes:
-            raise GraphError(f"{graph.storages[key[1]].name} at offset {offset} is not aligned to {ALIGN} bytes or ends outside of the arena", AGAIN)
+            raise GraphError(
+                f"{graph.storages[key[1]].name} at offset {offset} is not aligned to {ALIGN} bytes or ends outside of the arena", AGAIN
+            )
         if life.size_bytes:
             result.append(life)
     return result

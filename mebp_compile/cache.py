@@ -1,8 +1,8 @@
 """Planned programs on disk: a second process with the same step, model, batch geometry and budget skips capture, costs and solver.
 
-The key covers all that decides the graph: the code of the step and of the functions that it reaches, their plain values, every module's class and plain attributes, parameters,
-batch geometry, options, library versions, the state of every source file of the user's own that is loaded, and the machine. Guards are asked
-again at every call, as always; a program whose guards do not hold is left alone and another is kept beside it.
+The key covers all that decides the graph: the code of the step and of the functions that it reaches, their plain values, every module's class
+and plain attributes, parameters, batch geometry, options, library versions, the state of every source file of the user's own that is loaded,
+and the machine. Guards are asked again at every call, as always; a program whose guards do not hold is left alone and another is kept beside it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mebp_compile.config import Options, cache_dir
 from mebp_compile.cost import fingerprint
 from mebp_compile.errors import CacheError, MebpError
 from mebp_compile.graph import Graph
-from mebp_compile.plan import Plan
+from mebp_compile.planning import Plan
 from mebp_compile.runtime.bind import Streamed
 
 VARIANTS = 8  # programs of one key, told apart by their guards
@@ -59,7 +59,9 @@ def keep(key: str, contract: Contract, graph: Graph, plan: Plan, code: str) -> N
         part.write_text(text)
         part.replace(folder / "contract.json")
     except (OSError, MebpError) as error:
-        raise CacheError(f"the program can't be kept in {folder}: {error}", "set MEBP_CACHE to a folder that can be written, or pass cache=False") from error
+        raise CacheError(
+            f"the program can't be kept in {folder}: {error}", "set MEBP_CACHE to a folder that can be written, or pass cache=False"
+        ) from error
 
 
 def _folders(key: str) -> Iterator[Path]:

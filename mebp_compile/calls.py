@@ -22,12 +22,32 @@ METHODS = {
     "masked_fill_", "clamp_min_", "clamp_max_", "index_fill_",
 }  # fmt: skip
 # View ops written as methods.
-VIEW_METHODS = {"t", "view", "transpose", "permute", "unsqueeze", "expand", "squeeze", "select", "as_strided", "split", "unfold", "diagonal"}
+VIEW_METHODS = {
+    "t",
+    "view",
+    "transpose",
+    "permute",
+    "unsqueeze",
+    "expand",
+    "squeeze",
+    "select",
+    "as_strided",
+    "split",
+    "unfold",
+    "diagonal",
+}
 OPERATORS = {
     "py.add": "+", "py.sub": "-", "py.mul": "*", "py.truediv": "/", "py.pow": "**", "py.floordiv": "//", "py.mod": "%",
     "py.lt": "<", "py.le": "<=", "py.gt": ">", "py.ge": ">=", "py.eq": "==", "py.ne": "!=",
 }  # fmt: skip
-NUMBERS = {"py.sym_sqrt": "math.sqrt", "py.sym_float": "float", "py.sym_int": "int", "py.sqrt": "math.sqrt", "py.sym_max": "max", "py.sym_min": "min"}
+NUMBERS = {
+    "py.sym_sqrt": "math.sqrt",
+    "py.sym_float": "float",
+    "py.sym_int": "int",
+    "py.sqrt": "math.sqrt",
+    "py.sym_max": "max",
+    "py.sym_min": "min",
+}
 
 
 def call(op: Op, names: Mapping[str, str], out: tuple[str, ...], new: str) -> str:

@@ -12,7 +12,7 @@ import solvers
 from mebp_compile.calls import argument, call
 from mebp_compile.config import format_bytes
 from mebp_compile.graph import PERSISTENT, Graph, Op, Value, describe, inputs_of
-from mebp_compile.plan import Plan
+from mebp_compile.planning import Plan
 
 COMMENT_COLUMN = 100
 DTYPES = (
@@ -41,7 +41,9 @@ class _Writer:
         runs = [step.op for step in self.schedule.steps if isinstance(step, solvers.Run)]
         self.repeated_draws = {op for op in set(runs) if self.graph.ops[op].rng and runs.count(op) > 1}
         self.timeline = self.plan.report.timeline
-        self.base = {graph_value.storage: graph_value for graph_value in reversed(self.graph.values) if graph_value.name not in self.graph.view}
+        self.base = {
+            graph_value.storage: graph_value for graph_value in reversed(self.graph.values) if graph_value.name not in self.graph.view
+        }
         self.writing: dict[int, str] = {}
 
     # --- the program ---
@@ -66,7 +68,8 @@ class _Writer:
             f"budget {format_bytes(plan.problem.budget_bytes)}).",
             "",
             f"peak  {format_bytes(plan.peak_bytes)} {peak_line}; keep-all would need {format_bytes(plan.keep_all_bytes)}",
-            f"time  {plan.time_us / 1e6:.3f} s/step predicted ({extra:+.1f} % against keep-all)      {plan.method}: within {100 * plan.gap:.1f} % of the bound",
+            f"time  {plan.time_us / 1e6:.3f} s/step predicted ({extra:+.1f} % against keep-all)      "
+            f"{plan.method}: within {100 * plan.gap:.1f} % of the bound",
             '"""',
             "import math",
             "",

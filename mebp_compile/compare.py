@@ -11,8 +11,8 @@ import torch.utils._pytree as pytree
 
 from mebp_compile.capture import State
 from mebp_compile.config import format_bytes
-from mebp_compile.runtime.bind import Streamed, dense_weights
 from mebp_compile.measure.meter import StorageMeter
+from mebp_compile.runtime.bind import Streamed, dense_weights
 from mebp_compile.runtime.metering import meter_storages
 from mebp_compile.runtime.program import Program
 
@@ -70,7 +70,11 @@ def _live_tensors(state: State) -> Iterator[torch.Tensor]:
 
 def _results(returned: Any) -> Tensors:
     leaves = pytree.tree_leaves(returned)
-    return {f"result {index}": torch.as_tensor(leaf).detach().clone() for index, leaf in enumerate(leaves) if isinstance(leaf, (torch.Tensor, float, int))}
+    return {
+        f"result {index}": torch.as_tensor(leaf).detach().clone()
+        for index, leaf in enumerate(leaves)
+        if isinstance(leaf, (torch.Tensor, float, int))
+    }
 
 
 def snapshot(state: State) -> Tensors:

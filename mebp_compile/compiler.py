@@ -1,6 +1,6 @@
 """optimize(): the whole pipeline on one screen. Read this first.
 
-    step_fn -> capture -> lower -> cost -> plan (problem, solve, check, place) -> codegen -> run
+step_fn -> capture -> lower -> cost -> plan (problem, solve, check, place) -> codegen -> run
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from mebp_compile.errors import MebpError, OptionError, StepPoisoned
 from mebp_compile.graph import Graph
 from mebp_compile.lower import drop_gradients, lower
 from mebp_compile.lower.stream import stream_weights
-from mebp_compile.plan import Plan, build_problem, make_plan
+from mebp_compile.planning import Plan, build_problem, make_plan
 from mebp_compile.runtime.bind import Streamed, bind_weights
-from mebp_compile.runtime.homes import Homes, state_dict
 from mebp_compile.runtime.guards import batch_tensors, holds, signature
+from mebp_compile.runtime.homes import Homes, state_dict
 from mebp_compile.runtime.program import Program, load
 from mebp_compile.runtime.setup import make_engine
 from mebp_compile.runtime.state import LiveState
@@ -59,7 +59,9 @@ def optimize(
     Raises BudgetError, OptionError, CaptureError, StoreError, and BudgetInfeasible with the smallest budget found.
     """
     if not callable(step_fn):
-        raise OptionError(f"step_fn is a {type(step_fn).__name__}, not a callable", "pass the function that does forward, backward and update")
+        raise OptionError(
+            f"step_fn is a {type(step_fn).__name__}, not a callable", "pass the function that does forward, backward and update"
+        )
     options = Options(parse_budget(budget), Path(offload) if offload is not None else None, numerics, grads, effort, time_limit_s, cache)
     found = find_state(step_fn, state)
     step = CompiledStep(step_fn, found, options, bind_weights(found, weights, options.offload_dir), progress)
@@ -88,7 +90,9 @@ def build(
     costs, graph = measure_costs(graph, options, records, tell)
     problem = build_problem(graph, costs, options.budget_bytes, options.offload_dir is not None)
     tell(f"solving for {len(graph.ops):,} ops on {len(graph.storages):,} storages")
-    saves = f'grads="drop" (frees {kept_bytes:,} bytes of .grad that the next zero_grad would discard)' if kept_bytes and traced.cleared else ""
+    saves = (
+        f'grads="drop" (frees {kept_bytes:,} bytes of .grad that the next zero_grad would discard)' if kept_bytes and traced.cleared else ""
+    )
     solved = make_plan(graph, problem, options.effort, options.time_limit_s, advice=saves, tell=tell)
     return contract_of(traced), graph, solved, codegen.generate(graph, solved)
 
@@ -102,7 +106,12 @@ class CompiledStep:
     """A training step inside a budget: call it as the original. One program is kept for each batch geometry and set of guards."""
 
     def __init__(
-        self, step_fn: Callable[..., Any], state: State, options: Options, streamed: Streamed | None = None, progress: Progress | None = None
+        self,
+        step_fn: Callable[..., Any],
+        state: State,
+        options: Options,
+        streamed: Streamed | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.step_fn, self.state, self.options, self.streamed = step_fn, state, options, streamed
         self.tell: Progress = progress or (say if debug_level() else lambda text: None)

@@ -24,7 +24,7 @@ from mebp_compile.graph import Arg, Const, Graph, LoopChoice, Op, Ref, Value, in
 from mebp_compile.lower.stream import MATMULS, Record, tile_size
 from mebp_compile.measure.disk import measure_disk
 from mebp_compile.measure.ops import measure_ops
-from mebp_compile.plan import Costs, OpCost
+from mebp_compile.planning import Costs, OpCost
 
 CALL_US = 2  # what Python needs to make any call
 ROW_US = 10  # one row of a table, read from disk and dequantised
@@ -35,7 +35,9 @@ Progress = Callable[[str], None] | None
 FILLED_LIKE = {"bool": "mask", "uint8": "index:16", "int64": "index:2", "int32": "index:2"}
 
 
-def measure_costs(graph: Graph, options: Options, records: dict[str, Record] | None = None, progress: Progress = None) -> tuple[Costs, Graph]:
+def measure_costs(
+    graph: Graph, options: Options, records: dict[str, Record] | None = None, progress: Progress = None
+) -> tuple[Costs, Graph]:
     """Measured costs by op name, and the graph with each Loop's menu priced and reduced to the tilings proven bit-equal here."""
     table = CostTable()
     wanted = {op.name: _request(graph, op, records or {}) for op in graph.ops}
@@ -112,7 +114,10 @@ def _check(graph: Graph, op: Op, trips: int) -> Json:
     size = tile_size(width, trips)
     transposed = op.body is not None and op.body.ops[0].target == "run.rows"
     dtype = graph.value[op.outputs[0] or ""].dtype
-    inputs = {"x": {"tensor": {"shape": [rows, inner], "dtype": dtype}}, "w": {"tensor": {"shape": [width, inner] if transposed else [inner, width], "dtype": dtype}}}
+    inputs = {
+        "x": {"tensor": {"shape": [rows, inner], "dtype": dtype}},
+        "w": {"tensor": {"shape": [width, inner] if transposed else [inner, width], "dtype": dtype}},
+    }
     bias = op.target == "aten.addmm.default"
     if bias:
         inputs["b"] = {"tensor": {"shape": [width], "dtype": dtype}}

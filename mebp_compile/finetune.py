@@ -21,7 +21,7 @@ from torch import nn
 from mebp_compile.compiler import CompiledStep, optimize
 from mebp_compile.config import SCHEMES, cache_dir
 from mebp_compile.errors import DiskError, OptionError
-from mebp_compile.plan import Plan
+from mebp_compile.planning import Plan
 from mebp_compile.progress import Progress
 from mebp_compile.runtime.weights import WeightStore
 
@@ -98,7 +98,10 @@ def _config(settings: Settings) -> Any:
     if settings.model in CONFIGS:
         return transformers.Qwen2Config(**CONFIGS[settings.model])
     if not (Path(settings.model) / "config.json").is_file():
-        raise OptionError(f"{settings.model} is neither a folder with a config.json nor a known configuration", f"use one of {', '.join(CONFIGS)}, or a folder")
+        raise OptionError(
+            f"{settings.model} is neither a folder with a config.json nor a known configuration",
+            f"use one of {', '.join(CONFIGS)}, or a folder",
+        )
     return transformers.AutoConfig.from_pretrained(settings.model, local_files_only=True)
 
 
@@ -128,7 +131,9 @@ def _fill_buffers(path: str, module: nn.Module, config: Any) -> None:
     try:
         fresh = type(module)(config)
     except TypeError as error:
-        raise OptionError(f"the buffers of {path} ({type(module).__name__}) can't be built without the checkpoint", "leave --weights out") from error
+        raise OptionError(
+            f"the buffers of {path} ({type(module).__name__}) can't be built without the checkpoint", "leave --weights out"
+        ) from error
     for name, buffer in fresh.named_buffers(recurse=False):
         setattr(module, name, buffer)
     for name, item in vars(fresh).items():
@@ -260,7 +265,7 @@ def load_tokens(settings: Settings) -> Any:
 
 
 def read_examples(path: Path) -> list[list[tuple[str, bool]]]:
-    """Examples as (text, gives loss) parts: a text file is one example; each line of a .jsonl has "text", "prompt" and "completion", or "messages"."""
+    """Examples as (text, gives loss) parts. A text file is one; each line of a .jsonl has "text", "prompt" and "completion", or "messages"."""
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -301,7 +306,9 @@ def blocks(examples: Sequence[Sequence[tuple[str, bool]]], tokens: Any, sequence
     cuts = [(ids[at : at + sequence], labels[at : at + sequence]) for at in range(0, len(ids) - sequence + 1, sequence)]
     useful = [block for block in cuts if any(label != IGNORED for label in block[1][1:])]
     if not useful:
-        raise OptionError(f"the data has {len(ids)} tokens: not one block of {sequence} that gives loss", "give more data, or a shorter --sequence")
+        raise OptionError(
+            f"the data has {len(ids)} tokens: not one block of {sequence} that gives loss", "give more data, or a shorter --sequence"
+        )
     return useful
 
 

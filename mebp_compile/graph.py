@@ -218,7 +218,9 @@ def verify(graph: Graph) -> None:
     for op in graph.ops:
         used = {graph.storage_of(name) for name in inputs_of(op) if _known(graph, op, name)}
         if not used <= {*op.reads, *op.writes, *(s for c in op.menu for s in c.reads)}:
-            raise GraphError(f"op {op.name} uses storages {sorted(used - {*op.reads, *op.writes})} that it does not declare as read or written")
+            raise GraphError(
+                f"op {op.name} uses storages {sorted(used - {*op.reads, *op.writes})} that it does not declare as read or written"
+            )
         for storage in (*op.reads, *op.writes):
             if storage not in made:
                 raise GraphError(f"op {op.name} reads storage {graph.storages[storage].name} before anything makes it")

@@ -15,7 +15,7 @@ from mebp_compile.errors import GraphError
 from mebp_compile.graph import Graph, Op
 from mebp_compile.overhead import allocated_bytes
 from mebp_compile.place import Life, lives
-from mebp_compile.plan import Plan
+from mebp_compile.planning import Plan
 from solvers import Free, Offload, Prefetch, Problem, Run, Schedule, Step, Wait
 
 GROUPS = ("parameters", "optimizer", "weights", "activations", "gradients", "workspace")

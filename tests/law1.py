@@ -21,7 +21,7 @@ from mebp_compile import compiler
 from mebp_compile.compiler import CompiledStep, optimize
 from mebp_compile.errors import BudgetInfeasible
 from mebp_compile.graph import Graph
-from mebp_compile.plan import Costs, OpCost
+from mebp_compile.planning import Costs, OpCost
 
 Make = Callable[[], Training]
 

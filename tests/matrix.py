@@ -25,7 +25,7 @@ from mebp_compile.errors import BudgetInfeasible
 from mebp_compile.graph import Graph
 from mebp_compile.measure.child import run_child
 from mebp_compile.measure.process import limit_data, malloc_trim, rss
-from mebp_compile.plan import Plan, make_plan
+from mebp_compile.planning import Plan, make_plan
 from mebp_compile.runtime.metering import ProcessReading, kept_storage_bytes, meter_process, meter_storages
 from solvers.baselines import keep_all
 

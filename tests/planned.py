@@ -11,7 +11,7 @@ from mebp_compile import codegen
 from mebp_compile.errors import BudgetInfeasible
 from mebp_compile.graph import Graph, Op, Ref, Storage, Value, verify
 from mebp_compile.place import place_under
-from mebp_compile.plan import Costs, OpCost, Plan, build_problem, make_plan, tensor_peak
+from mebp_compile.planning import Costs, OpCost, Plan, build_problem, make_plan, tensor_peak
 from solvers.baselines import keep_all
 
 
@@ -89,14 +89,19 @@ def chain(layers: int, seed: int = 0) -> Graph:
     chance = random.Random(seed)
     storages = [Storage("batch_0", 64, "batch", "batch:0")]
     ops: list[Op] = []
-    weight = [_add(storages, f"weight_{i}", 64 * chance.randint(1, 64), "parameter", f"parameter:model:layers.{i}.weight") for i in range(layers)]
+    weight = [
+        _add(storages, f"weight_{i}", 64 * chance.randint(1, 64), "parameter", f"parameter:model:layers.{i}.weight") for i in range(layers)
+    ]
     hidden = [0]
     for i in range(layers):
         hidden.append(_add(storages, f"hidden_{i}", 64 * chance.randint(64, 512)))
         ops.append(_op(storages, f"forward_{i}", "forward", i, (hidden[i], weight[i]), (hidden[i + 1],)))
     gradient = hidden[layers]
     for i in reversed(range(layers)):
-        made = (_add(storages, f"grad_{i}", 64 * chance.randint(64, 512)), _add(storages, f"grad_weight_{i}", storages[weight[i]].size_bytes))
+        made = (
+            _add(storages, f"grad_{i}", 64 * chance.randint(64, 512)),
+            _add(storages, f"grad_weight_{i}", storages[weight[i]].size_bytes),
+        )
         ops.append(_op(storages, f"backward_{i}", "backward", i, tuple(dict.fromkeys((gradient, hidden[i], weight[i]))), made))
         ops.append(_op(storages, f"update_{i}", "update", i, (made[1],), (), (weight[i],)))
         gradient = made[0]
@@ -115,7 +120,13 @@ def _add(storages: list[Storage], name: str, size_bytes: int, role: str = "activ
 
 
 def _op(
-    storages: list[Storage], name: str, phase: str, layer: int, reads: tuple[int, ...], creates: tuple[int, ...], writes: tuple[int, ...] = ()
+    storages: list[Storage],
+    name: str,
+    phase: str,
+    layer: int,
+    reads: tuple[int, ...],
+    creates: tuple[int, ...],
+    writes: tuple[int, ...] = (),
 ) -> Op:
     return Op(
         name, f"aten.{phase}_thing.default", tuple(Ref(storages[index].name) for index in (*writes, *reads)),
@@ -149,5 +160,7 @@ def long_plan(layers: int = 1700) -> Planned:
     report = solvers.replay(problem, schedule)
     placement = place_under(graph, problem, schedule)
     tensors = tensor_peak(graph, problem, schedule)
-    plan = Plan(problem, schedule, report, placement, placement.peak_bytes, tensors, report.peak_bytes, report.time_us, report.time_us, "keep_all")
+    plan = Plan(
+        problem, schedule, report, placement, placement.peak_bytes, tensors, report.peak_bytes, report.time_us, report.time_us, "keep_all"
+    )
     return Planned(graph, plan, codegen.generate(graph, plan))

@@ -111,7 +111,9 @@ def test_compare_sees_a_difference(tmp_path: Path) -> None:
     for _ in range(2):
         compiled(*batch())
     edited = tmp_path / "edited.py"
-    edited.write_text(compiled.code.replace("    return (", "    run.state('0_weight' if False else 'x_0_weight').add_(1e-3)\n    return (", 1))
+    edited.write_text(
+        compiled.code.replace("    return (", "    run.state('0_weight' if False else 'x_0_weight').add_(1e-3)\n    return (", 1)
+    )
     compiled.use_code(edited)
     comparison = compiled.compare(*batch())
     assert not comparison.equal

@@ -16,7 +16,7 @@ from planned import Planned, random_plan, roomy, tight
 import solvers
 from mebp_compile.artifacts import check_artifacts, check_plan, load_artifacts, save_artifacts
 from mebp_compile.errors import DiskError, GraphError, OptionError
-from mebp_compile.plan import Plan
+from mebp_compile.planning import Plan
 from solvers import Run, Schedule
 
 
@@ -138,7 +138,8 @@ def with_smaller_arena(plan: Plan) -> Plan:
 
 LIES: list[tuple[Callable[[Plan], Plan], str]] = [
     (without_last_step, "schedule does not hold|report"), (without_a_run, "schedule does not hold"), (under_a_smaller_budget, "over-budget"),
-    (with_smaller_peak, "peak_bytes"), (with_larger_storage, "storage "), (with_other_time, "report.time_us"), (with_other_keep_all, "keep_all_bytes"),
+    (with_smaller_peak, "peak_bytes"), (with_larger_storage, "storage "), (with_other_time, "report.time_us"),
+    (with_other_keep_all, "keep_all_bytes"),
     (with_all_at_zero, "share bytes"), (with_unaligned_offset, "not aligned"), (with_offset_of_nothing, "not made there"),
     (with_smaller_arena, "outside of the arena"),
 ]  # fmt: skip

@@ -78,7 +78,8 @@ def test_readers_work_where_torch_can_not_be_imported(saved: Path, tmp_path: Pat
     code = (
         "import sys\nfor name in ('torch', 'transformers', 'peft'): sys.modules[name] = None\n"
         "from mebp_compile.cli import main\nfolder, out, name = sys.argv[1:]\n"
-        "runs = [['explain', folder], ['why', folder, name], ['check', folder], ['show', folder, out + '/t.html'], ['show', folder, out + '/g.svg']]\n"
+        "runs = [['explain', folder], ['why', folder, name], ['check', folder], "
+        "['show', folder, out + '/t.html'], ['show', folder, out + '/g.svg']]\n"
         "sys.exit(max(main(arguments) for arguments in runs))"
     )
     name = tight(True).graph.ops[0].name
@@ -117,7 +118,9 @@ def test_plan_refuses_what_can_not_fit_and_saves_what_does(unmeasured: None, tmp
     assert len(check_artifacts(tmp_path / "step").splitlines()) == 6
 
 
-def test_train_gives_the_losses_and_the_adapter_of_eager_training(unmeasured: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_gives_the_losses_and_the_adapter_of_eager_training(
+    unmeasured: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The logged losses and the saved adapter of three steps equal, bit for bit, those of the same loop run eagerly."""
     import torch
     from safetensors.torch import load_file
@@ -150,7 +153,9 @@ def test_quantised_plan_keeps_the_weights_on_disk(tmp_path: Path, monkeypatch: p
     arguments = ["--weights", "int4", "--store", str(tmp_path / "store"), "--optimizer", "sgd", "--out", str(tmp_path / "step")]
     assert main(["plan", "--model", "tiny-qwen2", "--sequence", "32", "--effort", "fast", "--quiet", "--budget", "1.5MB", *arguments]) == 0
     graph, _, _ = load_artifacts(tmp_path / "step")
-    resident = [s for s in graph.storages if s.role == "parameter" and "lora" not in s.source and "norm" not in s.source and "bias" not in s.source]
+    resident = [
+        s for s in graph.storages if s.role == "parameter" and "lora" not in s.source and "norm" not in s.source and "bias" not in s.source
+    ]
     assert resident == []
     assert any(s.role == "weight" for s in graph.storages)
     assert len(check_artifacts(tmp_path / "step").splitlines()) == 6

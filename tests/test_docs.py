@@ -63,7 +63,7 @@ def test_missing_links_and_paths_are_found(tmp_path: Path) -> None:
     """The check above sees a link, a heading, a file and a folder that are not there, and nothing else."""
     document = tmp_path / "document.md"
     document.write_text(
-        "# A heading\n[a](gone.md) [b](#a-heading) [c](#gone) [d](https://host/page) `gone.py` `plan.py` `program.py` `capture/` `gone/`\n"
+        "# A heading\n[a](gone.md) [b](#a-heading) [c](#gone) [d](https://host/page) `gone.py` `planning.py` `program.py` `capture/` `gone/`\n"
         "```sh\npython examples/gone.py solvers/solve.py\n```\n"
     )
     assert list(missing_links(document)) == ["gone.md", "#gone"]

@@ -151,7 +151,9 @@ def test_why_says_what_keeping_would_cost() -> None:
     first, second = sorted((life.start, life.end) for life in walk(step.graph, step.plan).lives if life.storage == storage)[:2]
     fullest = max(walk(step.graph, step.plan).footprint[first[1] : second[0]])
     over = fullest + step.plan.problem.storages[storage].size_bytes - step.plan.problem.budget_bytes
-    assert f"{format_bytes(abs(over))} {'over' if over > 0 else 'under'} the budget" in why(step.graph, step.plan, step.graph.storages[storage].name)
+    assert f"{format_bytes(abs(over))} {'over' if over > 0 else 'under'} the budget" in why(
+        step.graph, step.plan, step.graph.storages[storage].name
+    )
 
 
 def test_why_knows_parameters_by_their_path() -> None:
@@ -205,5 +207,7 @@ def test_a_plan_that_does_not_add_up_is_refused() -> None:
 @pytest.mark.parametrize("module", ["explain", "viz", "artifacts", "cli", "walk", "progress"])
 def test_readers_import_no_torch(module: str) -> None:
     """Importing what only reads plans brings in neither torch nor transformers nor ortools."""
-    code = f"import sys, mebp_compile.{module}; sys.exit(bool({{'torch', 'transformers', 'peft', 'ortools', 'networkx'}} & set(sys.modules)))"
+    code = (
+        f"import sys, mebp_compile.{module}; sys.exit(bool({{'torch', 'transformers', 'peft', 'ortools', 'networkx'}} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

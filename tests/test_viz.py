@@ -40,7 +40,9 @@ class Page(HTMLParser):
         self.open: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.links += [f"{name}={value}" for name, value in attrs if name in ("src", "href", "xlink:href", "data", "action") or tag == "link"]
+        self.links += [
+            f"{name}={value}" for name, value in attrs if name in ("src", "href", "xlink:href", "data", "action") or tag == "link"
+        ]
         self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -176,7 +178,9 @@ def test_picture_marks_what_is_recomputed_and_offloaded() -> None:
         nodes = picture(step.graph, step.plan).nodes
         assert len(nodes) == len(step.graph.ops)
         if any(count > 1 for count in runs.values()):
-            assert {node.ops[0] for node in nodes if any("recomputed" in note for note in node.notes)} == {op for op, n in runs.items() if n > 1}
+            assert {node.ops[0] for node in nodes if any("recomputed" in note for note in node.notes)} == {
+                op for op, n in runs.items() if n > 1
+            }
             return
     pytest.fail("no random plan recomputes anything")
 
@@ -190,7 +194,9 @@ def test_dot_is_read_back_by_pydot() -> None:
     shown = picture(step.graph, step.plan)
     parsed = pydot.graph_from_dot_data(graph_dot(step.graph, step.plan))
     assert parsed is not None
-    assert len([node for node in parsed[0].get_nodes() if node.get_name().startswith("n") and node.get_name() != "node"]) == len(shown.nodes)
+    assert len([node for node in parsed[0].get_nodes() if node.get_name().startswith("n") and node.get_name() != "node"]) == len(
+        shown.nodes
+    )
     assert len(parsed[0].get_edges()) == len(shown.edges)
 
 

@@ -11,7 +11,7 @@ from mebp_compile.errors import OptionError
 from mebp_compile.explain.words import USERS_SHOWN, close_matches, count, duration, more, place_of
 from mebp_compile.graph import Graph, describe, inputs_of
 from mebp_compile.place import Life
-from mebp_compile.plan import Plan
+from mebp_compile.planning import Plan
 from mebp_compile.walk import Walk, forward_lines, group_of, source_line, walk
 from solvers import Free, Prefetch, Run
 
@@ -105,7 +105,9 @@ def _story(graph: Graph, plan: Plan, index: int, seen: Walk) -> list[str]:
     for issued, item in transfers.items():
         wait = seen.clocks.end_us[item.waited] - seen.clocks.start_us[item.waited]
         verb = "written to disk" if item.write else "read from disk"
-        lines.append(f"{f'step {issued}':14} {verb} ({duration(item.end_us - item.start_us)}), complete at step {item.waited}, waits {duration(wait)}")
+        lines.append(
+            f"{f'step {issued}':14} {verb} ({duration(item.end_us - item.start_us)}), complete at step {item.waited}, waits {duration(wait)}"
+        )
     for number, step in enumerate(plan.schedule.steps):
         if isinstance(step, Free) and step.storage == index:
             lines.append(f"{f'step {number}':14} freed")

@@ -10,7 +10,7 @@ from mebp_compile.errors import OptionError
 from mebp_compile.explain.words import bytes_or_dash, close_matches, columns, count, duration, extra_time, percent, proven_gap
 from mebp_compile.graph import Graph
 from mebp_compile.place import Life
-from mebp_compile.plan import Plan
+from mebp_compile.planning import Plan
 from mebp_compile.walk import GROUPS, Walk, common_prefix, forward_lines, group_of, layer_of, source_line, step_label, walk
 from solvers import Offload, Run
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from mebp_compile.config import format_bytes
 from mebp_compile.graph import Op
-from mebp_compile.plan import Plan
+from mebp_compile.planning import Plan
 
 USERS_SHOWN = 8
 
@@ -23,7 +23,9 @@ def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[st
     """Rows of cells as aligned lines, two spaces between columns; the columns in `right` are set flush right."""
     widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
     return [
-        "  ".join(cell.rjust(width) if index in right else cell.ljust(width) for index, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+        "  ".join(
+            cell.rjust(width) if index in right else cell.ljust(width) for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in rows
     ]
 

@@ -72,9 +72,7 @@ class _Streaming:
                     made.add(storage)
                     ops.append(self._dequantise(storage, op))
             ops.append(self._with_menu(op))
-        return replace(
-            self.old, storages=tuple(self.storages), values=tuple(self.values), ops=tuple(ops), inputs=tuple(self.inputs)
-        )
+        return replace(self.old, storages=tuple(self.storages), values=tuple(self.values), ops=tuple(ops), inputs=tuple(self.inputs))
 
     def _dequantise(self, storage: int, user: Op) -> Op:
         value, packed = self.dense[storage], self.packed[storage]
@@ -109,7 +107,11 @@ class _Streaming:
             return op
         storage, transposed = weight
         value, packed, record = self.dense[storage], self.packed[storage], self.streamed[storage]
-        if self.storages[storage].size_bytes < SMALLEST_TILED_BYTES or len(value.shape) != 2 or storage in _other_reads(self.old, op, value.name):
+        if (
+            self.storages[storage].size_bytes < SMALLEST_TILED_BYTES
+            or len(value.shape) != 2
+            or storage in _other_reads(self.old, op, value.name)
+        ):
             return op
         width = value.shape[0] if transposed else value.shape[1]
         others = tuple(read for read in op.reads if read != storage)

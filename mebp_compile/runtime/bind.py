@@ -98,7 +98,9 @@ def _check_shape(store: WeightStore, name: str, path: str, parameter: torch.Tens
 def _check_none_on_meta(state: State, streamed: Any = ()) -> None:
     for root, path, parameter in state.parameters():
         if parameter.device.type == "meta" and f"parameter:{root}:{path}" not in streamed:
-            raise StoreError(f"{root}.{path} is on meta and no store holds it", "pass weights=a WeightStore of the model, or load its weights")
+            raise StoreError(
+                f"{root}.{path} is on meta and no store holds it", "pass weights=a WeightStore of the model, or load its weights"
+            )
 
 
 def become_meta(parameter: nn.Parameter) -> None:

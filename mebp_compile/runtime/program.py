@@ -14,7 +14,7 @@ import torch.utils._pytree as pytree
 from mebp_compile.capture.contract import Contract
 from mebp_compile.errors import CaptureError
 from mebp_compile.graph import Graph
-from mebp_compile.plan import Plan
+from mebp_compile.planning import Plan
 from mebp_compile.runtime.engine import Engine
 from mebp_compile.runtime.guards import batch_tensors, holds
 

@@ -10,7 +10,7 @@ from mebp_compile.capture.contract import Contract
 from mebp_compile.config import Options
 from mebp_compile.graph import PERSISTENT, Graph
 from mebp_compile.measure.transfer import DiskThread
-from mebp_compile.plan import Plan
+from mebp_compile.planning import Plan
 from mebp_compile.runtime.activations import ActivationStore, Slot
 from mebp_compile.runtime.bind import Streamed
 from mebp_compile.runtime.engine import Engine
@@ -22,11 +22,19 @@ SLOT_ALIGN = 4096
 
 
 def make_engine(
-    graph: Graph, plan: Plan, state: State, contract: Contract, options: Options, streamed: Streamed | None = None, homes: Homes | None = None
+    graph: Graph,
+    plan: Plan,
+    state: State,
+    contract: Contract,
+    options: Options,
+    streamed: Streamed | None = None,
+    homes: Homes | None = None,
 ) -> Engine:
     """An engine with everything that the program's verbs need, and nothing more."""
     live = LiveState(state, contract.constants)
-    sources = {storage.name: storage.source for storage in graph.storages if storage.source and storage.role not in ("batch", "hyper", "weight")}
+    sources = {
+        storage.name: storage.source for storage in graph.storages if storage.source and storage.role not in ("batch", "hyper", "weight")
+    }
     thread = DiskThread() if homes is None else homes.thread
     weights = _weights(graph, plan, streamed, thread) if streamed is not None else None
     own = _homes(graph, plan, homes) if homes is not None else None
@@ -51,7 +59,11 @@ def _homes(graph: Graph, plan: Plan, homes: Homes) -> ProgramHomes:
 
 def _weights(graph: Graph, plan: Plan, streamed: Streamed, thread: DiskThread) -> WeightStream:
     """The stream of every packed weight of the graph, and of tables that are only looked up."""
-    by_source = {storage.source.replace("weight:", "parameter:", 1): index for index, storage in enumerate(graph.storages) if storage.role == "weight"}
+    by_source = {
+        storage.source.replace("weight:", "parameter:", 1): index
+        for index, storage in enumerate(graph.storages)
+        if storage.role == "weight"
+    }
     dense = {value.name: value for value in graph.values}
     weights: dict[str, tuple[str, torch.dtype]] = {}
     records: dict[str, str] = {}

@@ -19,7 +19,12 @@ class WeightStream:
     `records` maps the packed storage's name to the dense weight's name; `resident` records stay in memory between steps."""
 
     def __init__(
-        self, store: WeightStore, weights: Mapping[str, tuple[str, torch.dtype]], records: Mapping[str, str], resident: frozenset[str], thread: DiskThread
+        self,
+        store: WeightStore,
+        weights: Mapping[str, tuple[str, torch.dtype]],
+        records: Mapping[str, str],
+        resident: frozenset[str],
+        thread: DiskThread,
     ) -> None:
         self.store, self.weights, self.records, self.thread = store, dict(weights), dict(records), thread
         self._pending: dict[str, Ticket] = {}

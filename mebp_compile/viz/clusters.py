@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from mebp_compile.config import format_bytes
 from mebp_compile.graph import Graph, Op, dataflow
-from mebp_compile.plan import Plan
+from mebp_compile.planning import Plan
 from mebp_compile.walk import common_prefix, layer_of
 from solvers import Offload, Run
 

@@ -8,7 +8,7 @@ from html import escape
 
 from mebp_compile.config import format_bytes
 from mebp_compile.graph import Graph
-from mebp_compile.plan import Plan
+from mebp_compile.planning import Plan
 from mebp_compile.viz.clusters import Node, Picture, picture
 
 FILL = {"kept": "#dbe9fb", "recomputed": "#ecd9f7", "offloaded": "#d2efe8"}
@@ -27,7 +27,9 @@ def graph_dot(graph: Graph, plan: Plan) -> str:
     dot.set_edge_defaults(fontname="Helvetica", fontsize="8", color='"#98a2b3"')
     for number, node in enumerate(shown.nodes):
         text = _quoted("\\n".join([node.label, *node.notes]))
-        dot.add_node(pydot.Node(f"n{number}", label=text, fillcolor=_quoted(FILL[node.fate]), color=_quoted(EDGE.get(node.phase, "#667085"))))
+        dot.add_node(
+            pydot.Node(f"n{number}", label=text, fillcolor=_quoted(FILL[node.fate]), color=_quoted(EDGE.get(node.phase, "#667085")))
+        )
     for writer, reader, size in shown.edges:
         dot.add_edge(pydot.Edge(f"n{writer}", f"n{reader}", label=_quoted(format_bytes(size)) if size else '""'))
     return str(dot.to_string())
@@ -105,7 +107,7 @@ def _mean(columns: list[float], node: int) -> tuple[float, int]:
 def _curve(start: tuple[float, float], end: tuple[float, float], size_bytes: int) -> str:
     x0, y0, x1, y1 = start[0] + BOX_WIDTH / 2, start[1] + BOX_HEIGHT, end[0] + BOX_WIDTH / 2, end[1]
     middle = (y0 + y1) / 2
-    tip = f'<title>{format_bytes(size_bytes)}</title>'
+    tip = f"<title>{format_bytes(size_bytes)}</title>"
     return f'<path d="M{x0:.0f} {y0:.0f}C{x0:.0f} {middle:.0f} {x1:.0f} {middle:.0f} {x1:.0f} {y1:.0f}" fill="none" stroke="#98a2b3">{tip}</path>'
 
 
@@ -131,5 +133,7 @@ def _key() -> str:
         [*((fate, fill, "#98a2b3") for fate, fill in FILL.items()), *((phase, "#ffffff", line) for phase, line in EDGE.items())]
     ):
         x = MARGIN + 92 * number
-        parts.append(f'<rect x="{x}" y="12" width="12" height="12" rx="3" fill="{colour}" stroke="{border}"/><text x="{x + 18}" y="22">{name}</text>')
+        parts.append(
+            f'<rect x="{x}" y="12" width="12" height="12" rx="3" fill="{colour}" stroke="{border}"/><text x="{x + 18}" y="22">{name}</text>'
+        )
     return "".join(parts)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mebp_compile.errors import DiskError, OptionError
 from mebp_compile.graph import Graph
-from mebp_compile.plan import Plan
+from mebp_compile.planning import Plan
 from mebp_compile.viz.dot import graph_dot, graph_svg
 from mebp_compile.viz.page import timeline_html
 from mebp_compile.viz.timeline import timeline_svg
@@ -31,7 +31,9 @@ def write(path: str | Path, graph: Graph, plan: Plan, measured: Sequence[int] | 
     elif path.suffix in WRITERS:
         text = WRITERS[path.suffix](graph, plan)
     else:
-        raise OptionError(f"no picture is written to a {path.suffix or 'nameless'} file ({path})", "end the name in .html, .svg, .dot or .json")
+        raise OptionError(
+            f"no picture is written to a {path.suffix or 'nameless'} file ({path})", "end the name in .html, .svg, .dot or .json"
+        )
     _replace(path, text)
     return path
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from mebp_compile.config import format_bytes
 from mebp_compile.graph import Graph
-from mebp_compile.plan import Plan
+from mebp_compile.planning import Plan
 from mebp_compile.viz import timeline
 from mebp_compile.walk import GROUPS, Walk, common_prefix, forward_lines, group_of, source_line, walk
 from solvers import Run
@@ -50,7 +50,11 @@ def _tiles(plan: Plan) -> list[tuple[str, str, str]]:
     return [
         ("peak", format_bytes(plan.peak_bytes), f"{100 * plan.peak_bytes / budget:.1f} % of {format_bytes(budget)}"),
         ("keep-all", format_bytes(plan.keep_all_bytes), f"{saved:.0f} % saved" if saved >= 1 else "nothing to save at this budget"),
-        ("time", f"{plan.time_us / 1e6:.3g} s" if plan.time_us >= 10**6 else f"{plan.time_us / 1e3:.3g} ms", f"{extra:+.1f} % against keep-all"),
+        (
+            "time",
+            f"{plan.time_us / 1e6:.3g} s" if plan.time_us >= 10**6 else f"{plan.time_us / 1e3:.3g} ms",
+            f"{extra:+.1f} % against keep-all",
+        ),
         ("recomputes", f"{report.recomputes:,}", f"of {report.runs:,} runs"),
         ("disk", format_bytes(report.written_bytes + report.read_bytes), f"{report.offloads} offloads, {report.prefetches} prefetches"),
         ("waiting", f"{report.stall_us / 1e3:.3g} ms", f"{100 * report.stall_us / max(1, plan.time_us):.1f} % of the step"),
@@ -91,7 +95,9 @@ def _data(graph: Graph, plan: Plan, seen: Walk) -> dict[str, Any]:
         "start": list(seen.clocks.start_us),
         "end": list(seen.clocks.end_us),
         "lives": [
-            [life.storage, life.start, life.end, plan.placement.offsets.get((life.start, life.storage), -1)] for life in seen.lives if life.size_bytes
+            [life.storage, life.start, life.end, plan.placement.offsets.get((life.start, life.storage), -1)]
+            for life in seen.lives
+            if life.size_bytes
         ],
         "ops": [[op.name, op.target, op.phase, op.module.removeprefix(prefix), source_line(op, lines)] for op in graph.ops],
         "storages": [

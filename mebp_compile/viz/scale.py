@@ -33,7 +33,9 @@ class Scale:
 
 def steps_scale(seen: Walk) -> Scale:
     count = max(1, len(seen.again))
-    return Scale("step", tuple(n / count for n in range(len(seen.again))), tuple((n + 1) / count for n in range(len(seen.again))), len(seen.again))
+    return Scale(
+        "step", tuple(n / count for n in range(len(seen.again))), tuple((n + 1) / count for n in range(len(seen.again))), len(seen.again)
+    )
 
 
 def time_scale(seen: Walk) -> Scale:

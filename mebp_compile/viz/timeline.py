@@ -10,7 +10,7 @@ import solvers
 from mebp_compile.config import format_bytes
 from mebp_compile.errors import OptionError
 from mebp_compile.graph import Graph
-from mebp_compile.plan import Plan
+from mebp_compile.planning import Plan
 from mebp_compile.viz.scale import Scale, bars, outline, representatives, steps_scale, time_scale
 from mebp_compile.walk import GROUPS, Walk, common_prefix, layer_of, walk
 from solvers.baselines import keep_all
@@ -80,11 +80,17 @@ def draw(graph: Graph, plan: Plan, seen: Walk, scale: Scale, curve: Curve, measu
     frame = Frame(scale, top_bytes(plan, measured))
     clip = f'<clipPath id="clip-{scale.axis}"><rect x="{LEFT}" y="0" width="{INNER}" height="{HEIGHT}"/></clipPath>'
     moving = [
-        _keep_all(plan, curve, frame), *_stack(seen, frame), _footprint(plan, seen, frame), _measured(measured, frame), *_lanes(graph, plan, seen, frame),
+        _keep_all(plan, curve, frame), *_stack(seen, frame), _footprint(plan, seen, frame), _measured(measured, frame),
+        *_lanes(graph, plan, seen, frame),
     ]  # fmt: skip
     labels = _layer_labels(graph, plan, seen, frame)
     zoom = f'<g clip-path="url(#clip-{scale.axis})"><g class="zoom">{"".join(moving)}</g>{labels}</g>'
-    return clip + "".join(_grid(frame)) + zoom + "".join([*_budget(plan, frame), *_peak(plan, seen, frame), *_lane_names(), _axis_labels(frame)])
+    return (
+        clip
+        + "".join(_grid(frame))
+        + zoom
+        + "".join([*_budget(plan, frame), *_peak(plan, seen, frame), *_lane_names(), _axis_labels(frame)])
+    )
 
 
 def top_bytes(plan: Plan, measured: Sequence[int] | None = None) -> float:
@@ -205,9 +211,7 @@ def _lane_names() -> list[str]:
 
 
 def _lanes(graph: Graph, plan: Plan, seen: Walk, frame: Frame) -> list[str]:
-    parts = [
-        f'<path d="M{LEFT} {_lane_y(lane) + LANE / 2}H{LEFT + INNER}" stroke="var(--grid)" class="line"/>' for lane in LANES[2:]
-    ]
+    parts = [f'<path d="M{LEFT} {_lane_y(lane) + LANE / 2}H{LEFT + INNER}" stroke="var(--grid)" class="line"/>' for lane in LANES[2:]]
     for phase in ("forward", "backward", "update"):
         spans = [(a, b) for name, a, b in _spans(_phases(graph, plan), frame.scale) if name == phase]
         parts.append(_bars("phase", spans, phase))
@@ -271,7 +275,8 @@ def _axis_labels(frame: Frame) -> str:
     y = TOP + PLOT + 16
     marks = [frame.scale.label(count / 8) for count in range(9)]
     texts = "".join(
-        f'<text class="tick" x="{frame.x(count / 8):.1f}" y="{y}" text-anchor="{_anchor(count)}">{text}</text>' for count, text in enumerate(marks)
+        f'<text class="tick" x="{frame.x(count / 8):.1f}" y="{y}" text-anchor="{_anchor(count)}">{text}</text>'
+        for count, text in enumerate(marks)
     )
     return texts + f'<path d="M{LEFT} {TOP + PLOT}H{LEFT + INNER}" stroke="var(--soft)"/>'
 

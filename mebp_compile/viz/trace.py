@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from mebp_compile.graph import Graph
-from mebp_compile.plan import Plan
+from mebp_compile.planning import Plan
 from mebp_compile.walk import Walk, forward_lines, source_line, walk
 from solvers import Run, Wait
 

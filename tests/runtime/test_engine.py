@@ -27,7 +27,7 @@ from mebp_compile.errors import DiskError
 from mebp_compile.graph import Graph
 from mebp_compile.lower import lower
 from mebp_compile.place import place_under
-from mebp_compile.plan import Plan, build_problem, make_plan, tensor_peak
+from mebp_compile.planning import Plan, build_problem, make_plan, tensor_peak
 from mebp_compile.runtime.engine import Engine
 from mebp_compile.runtime.homes import Homes
 from mebp_compile.runtime.metering import meter_storages

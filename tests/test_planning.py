@@ -12,7 +12,7 @@ import solvers
 from mebp_compile.errors import BudgetInfeasible, GraphError
 from mebp_compile.graph import PERSISTENT
 from mebp_compile.overhead import MAPPED_BYTES, PAGE_BYTES, allocated_bytes, charged_sizes, constant_overhead
-from mebp_compile.plan import Costs, OpCost, build_problem, make_plan, make_plans, tensor_peak
+from mebp_compile.planning import Costs, OpCost, build_problem, make_plan, make_plans, tensor_peak
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -89,6 +89,6 @@ def test_a_placement_above_the_budget_is_refused(monkeypatch: pytest.MonkeyPatch
     graph = chain(3)
     good = planned(graph, costs_by_bytes(graph), 10**9, offload=False)
     bad = replace(good.plan.placement, peak_bytes=good.plan.problem.budget_bytes + 1)
-    monkeypatch.setattr("mebp_compile.plan.place_under", lambda *given: bad)
+    monkeypatch.setattr("mebp_compile.planning.place_under", lambda *given: bad)
     with pytest.raises(GraphError, match="placement needs"):
         make_plan(graph, good.plan.problem, "fast")
