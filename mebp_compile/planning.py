@@ -17,9 +17,13 @@ from mebp_compile.config import format_bytes
 from mebp_compile.errors import BudgetInfeasible, GraphError
 from mebp_compile.graph import PERSISTENT, Graph, Value
 from mebp_compile.overhead import charged_sizes, constant_overhead
-from mebp_compile.place import Placement, place_under
+from mebp_compile.place import Placement, lives, place_under
 from solvers import Problem, Report, Schedule, Solution
 from solvers.baselines import keep_all
+
+# With more than this left to the allocator in a step, page faults cost more than the recompute and transfers of a slightly smaller budget.
+MUCH_TRAFFIC_BYTES = 1 << 30
+ROOM_SHARES = (0.985, 0.97)
 
 MOVABLE = ("weight", "parameter", "optimizer")  # roles whose home may be the disk, see `homes`
 SMALLEST_HOME_BYTES = 1024  # a transfer of less costs more than it frees
@@ -183,8 +187,10 @@ def make_plan(
         solution = _solved(problem, effort, time_limit_s, hints, tell)
     except solvers.Infeasible as error:
         raise _refusal(graph, problem, error, advice) from None
-    report = solvers.replay(problem, solution.schedule)
     placement = place_under(graph, problem, solution.schedule)
+    if traffic_bytes(graph, problem, solution.schedule, placement) > MUCH_TRAFFIC_BYTES:
+        solution, placement = _with_room(graph, problem, solution, placement, effort, time_limit_s, tell)
+    report = solvers.replay(problem, solution.schedule)
     if placement.peak_bytes > problem.budget_bytes:
         message = f"the placement needs {placement.peak_bytes:,} bytes, the budget is {problem.budget_bytes:,}"
         raise GraphError(message, "report this problem: `step.save` writes it")
@@ -202,6 +208,36 @@ def make_plan(
         method=solution.method,
         solve_seconds=time.monotonic() - started,
     )
+
+
+def traffic_bytes(graph: Graph, problem: Problem, schedule: Schedule, placement: Placement) -> int:
+    """Bytes that the allocator hands out in a step, fresh pages each time, because the arena has no place for them."""
+    every = lives(graph, problem, schedule)
+    return sum(life.size_bytes for life in every if life.start >= 0 and (life.start, life.storage) not in placement.offsets)
+
+
+def _with_room(
+    graph: Graph,
+    problem: Problem,
+    solution: Solution,
+    placement: Placement,
+    effort: str,
+    time_limit_s: float,
+    tell: Callable[[str], None] | None,
+) -> tuple[Solution, Placement]:
+    """A schedule that fills memory to the last byte leaves an arena no room; one of slightly less may let far more lie in it."""
+    best = traffic_bytes(graph, problem, solution.schedule, placement)
+    for share in ROOM_SHARES:
+        try:
+            other = solvers.solve(problem.with_budget(int(problem.budget_bytes * share)), effort=effort, time_limit_s=time_limit_s, progress=tell)
+        except solvers.Infeasible:
+            break
+        placed = place_under(graph, problem, other.schedule)
+        traffic = traffic_bytes(graph, problem, other.schedule, placed)
+        if placed.peak_bytes <= problem.budget_bytes and traffic < best:
+            best, placement = traffic, placed
+            solution = replace(other, bound_us=min(other.bound_us, solution.bound_us))
+    return solution, placement
 
 
 def _solved(
