@@ -13,7 +13,8 @@ from solvers.problem import Choice, Op, Problem, Storage
 from solvers.schedule import Free, Offload, Prefetch, Run, Schedule, Wait
 from solvers.solve import Infeasible, smallest, solve
 
-PER_KIND = 200
+LEAST_PER_KIND = 200
+MOST_PER_KIND = 600
 SHUFFLED = 6000
 
 
@@ -31,16 +32,26 @@ def bases() -> tuple[Base, ...]:
     return tuple(result)
 
 
+@cache
+def mutants_of(rule: str) -> tuple[tuple[Problem, Schedule], ...]:
+    """Up to MOST_PER_KIND mutants, each breaking this rule."""
+    every = [mutant for base in bases() for mutant in KINDS[rule](base)]
+    return tuple(random.Random(rule).sample(every, min(len(every), MOST_PER_KIND)))
+
+
 @pytest.mark.parametrize("rule", KINDS)
 def test_named_mutations_are_rejected_under_their_name(rule: str) -> None:
-    """Up to 200 mutants of each kind are rejected, each under the name of the rule it breaks."""
-    draw = random.Random(rule)
-    mutants = [mutant for base in bases() for mutant in KINDS[rule](base)]
-    assert len(mutants) >= (10 if rule == "rng-order" else PER_KIND)
-    for problem, schedule in draw.sample(mutants, min(len(mutants), PER_KIND)):
+    """Up to 600 mutants of each kind are rejected, each under the name of the rule it breaks."""
+    assert len(mutants_of(rule)) >= (10 if rule == "rng-order" else LEAST_PER_KIND)
+    for problem, schedule in mutants_of(rule):
         with pytest.raises(ScheduleError) as caught:
             replay(problem, schedule, enforce_budget=rule == "over-budget")
         assert caught.value.rule == rule, caught.value
+
+
+def test_there_are_ten_thousand_named_mutations() -> None:
+    """The kinds together make at least 10,000 mutants."""
+    assert sum(len(mutants_of(rule)) for rule in KINDS) >= 10_000
 
 
 def test_random_mutations_agree_with_the_naive_replay() -> None:
