@@ -40,6 +40,8 @@ def test_expressions_give_what_python_gives(lr: float, other: float, steps: list
         for step in steps:
             if plain == 0 or abs(plain) > 1e100:
                 break
+            if isinstance(live, LiveFloat) and stand_in(live) == 0:  # `//` of the stand-in alone: dividing by it is refused in a capture
+                break
             if step == "neg":
                 live, plain = -live, -plain
             elif step == "abs":
