@@ -6,6 +6,7 @@ marked recompute, `Free` is `del`, and the transfers are verbs of the engine. Th
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import solvers
@@ -38,8 +39,8 @@ class _Writer:
 
     def __post_init__(self) -> None:
         self.schedule = self.plan.schedule
-        runs = [step.op for step in self.schedule.steps if isinstance(step, solvers.Run)]
-        self.repeated_draws = {op for op in set(runs) if self.graph.ops[op].rng and runs.count(op) > 1}
+        runs = Counter(step.op for step in self.schedule.steps if isinstance(step, solvers.Run))
+        self.repeated_draws = {op for op, times in runs.items() if self.graph.ops[op].rng and times > 1}
         self.timeline = self.plan.report.timeline
         self.base = {
             graph_value.storage: graph_value for graph_value in reversed(self.graph.values) if graph_value.name not in self.graph.view

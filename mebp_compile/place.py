@@ -84,7 +84,7 @@ def place_under(graph: Graph, problem: Problem, schedule: Schedule) -> Placement
     steps = len(schedule.steps)
     eligible = [life for life in every if life.fits_arena and life.size_bytes >= SMALLEST_BYTES]
     chosen = set(map(id, eligible))
-    fixed = _profile([life for life in every if id(life) not in chosen], steps) + _workspace(problem, schedule) + problem.constant_bytes
+    fixed = _profile([life for life in every if id(life) not in chosen], steps) + workspace_profile(problem, schedule) + problem.constant_bytes
     fixed += _profile([replace(life, charged_bytes=life.charged_bytes - allocated_bytes(life.size_bytes)) for life in eligible], steps)
     best, work = pack_columns(eligible, problem.budget_bytes - fixed), Work(WORK)
     for arena_bytes in _arena_sizes(eligible, problem.budget_bytes - int(fixed.max(initial=0)), steps):
@@ -255,7 +255,7 @@ def _profile(some: list[Life], steps: int) -> Ints:
     return total
 
 
-def _workspace(problem: Problem, schedule: Schedule) -> Ints:
+def workspace_profile(problem: Problem, schedule: Schedule) -> Ints:
     """Workspace of every step, with the copies that a second run of a multi-output op makes and discards."""
     result: Ints = np.zeros(len(schedule.steps), np.int64)
     alive: set[int] = set()

@@ -1,8 +1,7 @@
 """Plan: Graph and costs -> Problem -> schedule -> offsets. Torch-free; costs come as a plain table.
 
 The footprint that the budget bounds is  arena + allocator(t) + workspace(t) + constant  at every step t of the schedule: storages placed in
-the arena cost its whole size all the time, the others their bytes while they live. `solvers.check` proves the storages, `_footprint` the
-sum.
+the arena cost its whole size all the time, the others their bytes while they live. `solvers.check` proves the storages, `place` the sum.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import solvers
 from mebp_compile.config import format_bytes
 from mebp_compile.errors import BudgetInfeasible, GraphError
-from mebp_compile.graph import PERSISTENT, Graph, Value
+from mebp_compile.graph import PERSISTENT, Graph, Op, Value
 from mebp_compile.overhead import charged_sizes, constant_overhead
 from mebp_compile.place import Placement, lives, place_under
 from solvers import Problem, Report, Schedule, Solution
@@ -158,10 +157,7 @@ def _fills(value: Value, size_bytes: int) -> bool:
     return value.offset == 0 and expected * (int(digits) // 8 if digits else 1) == size_bytes
 
 
-def _op(op: object, cost: OpCost) -> solvers.Op:
-    from mebp_compile.graph import Op
-
-    assert isinstance(op, Op)
+def _op(op: Op, cost: OpCost) -> solvers.Op:
     plain = solvers.Choice(op.reads, cost.workspace_bytes, max(1, cost.time_us))
     loops = tuple(
         solvers.Choice(choice.reads, choice.workspace_bytes, max(1, choice.time_us), choice.trips, choice.disk_bytes) for choice in op.menu
@@ -188,8 +184,9 @@ def make_plan(
     except solvers.Infeasible as error:
         raise _refusal(graph, problem, error, advice) from None
     placement = place_under(graph, problem, solution.schedule)
-    if traffic_bytes(graph, problem, solution.schedule, placement) > MUCH_TRAFFIC_BYTES:
-        solution, placement = _with_room(graph, problem, solution, placement, effort, time_limit_s, tell)
+    traffic = traffic_bytes(graph, problem, solution.schedule, placement)
+    if traffic > MUCH_TRAFFIC_BYTES:
+        solution, placement = _with_room(graph, problem, solution, placement, traffic, effort, time_limit_s, tell)
     report = solvers.replay(problem, solution.schedule)
     if placement.peak_bytes > problem.budget_bytes:
         message = f"the placement needs {placement.peak_bytes:,} bytes, the budget is {problem.budget_bytes:,}"
@@ -221,12 +218,13 @@ def _with_room(
     problem: Problem,
     solution: Solution,
     placement: Placement,
+    best: int,
     effort: str,
     time_limit_s: float,
     tell: Callable[[str], None] | None,
 ) -> tuple[Solution, Placement]:
-    """A schedule that fills memory to the last byte leaves an arena no room; one of slightly less may let far more lie in it."""
-    best = traffic_bytes(graph, problem, solution.schedule, placement)
+    """A schedule that fills memory to the last byte leaves an arena no room; one of slightly less may let far more lie in it. `best` is the
+    traffic of the given one, in bytes."""
     for share in ROOM_SHARES:
         try:
             other = solvers.solve(problem.with_budget(int(problem.budget_bytes * share)), effort=effort, time_limit_s=time_limit_s, progress=tell)

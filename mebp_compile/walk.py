@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from mebp_compile.errors import GraphError
 from mebp_compile.graph import Graph, Op
 from mebp_compile.overhead import allocated_bytes
-from mebp_compile.place import Life, lives
+from mebp_compile.place import Life, lives, workspace_profile
 from mebp_compile.planning import Plan
-from solvers import Free, Offload, Prefetch, Problem, Run, Schedule, Step, Wait
+from solvers import Offload, Prefetch, Problem, Run, Schedule, Step, Wait
 
 GROUPS = ("parameters", "optimizer", "weights", "activations", "gradients", "workspace")
 _OF_ROLE = {"optimizer": "optimizer", "weight": "weights", "gradient": "gradients"}
@@ -108,7 +108,7 @@ def walk(graph: Graph, plan: Plan) -> Walk:
     """Everything that the pictures and explanations need. Raises GraphError where the plan contradicts its own replay."""
     every = tuple(lives(graph, plan.problem, plan.schedule))
     times = clocks(plan.problem, plan.schedule)
-    steps, again, spare = plan.schedule.steps, _again(plan.schedule), _workspace(plan.problem, plan.schedule)
+    steps, again, spare = plan.schedule.steps, _again(plan.schedule), workspace_profile(plan.problem, plan.schedule).tolist()
     groups = [group_of(graph, index) for index in range(len(graph.storages))]
     live = {
         name: _profile([life for life in every if groups[life.storage] == name], len(steps)) for name in GROUPS[:-1]
@@ -149,23 +149,6 @@ def _profile(some: Sequence[Life], steps: int) -> list[int]:
     for size in change[:steps]:
         total += size
         result.append(total)
-    return result
-
-
-def _workspace(problem: Problem, schedule: Schedule) -> list[int]:
-    """Scratch of each step: the op's workspace, and the copies that a second run of a multi-output op makes and discards."""
-    alive: set[int] = set()
-    result = [0] * len(schedule.steps)
-    for number, step in enumerate(schedule.steps):
-        if isinstance(step, Run):
-            op = problem.ops[step.op]
-            copies = sum(problem.storages[storage].size_bytes for storage in op.creates if storage in alive)
-            result[number] = op.choices[step.choice].workspace_bytes + copies
-            alive.update(op.creates)
-        elif isinstance(step, Prefetch):
-            alive.add(step.storage)
-        elif isinstance(step, Free):
-            alive.discard(step.storage)
     return result
 
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 
 from solvers.problem import Problem, creators, final_versions, used_versions
 
+RUNS_AN_OP, FEWEST_RUNS = 16, 1000  # a trace beyond both together is no schedule that anybody wants
+
 
 class DecodeError(Exception):
     """These decisions have no schedule. storage: a dropped one that can't be brought back."""
@@ -201,6 +203,8 @@ class Decoder:
     def run(self, op: int) -> None:
         """Run the op: everything it needs is available."""
         event = self.event(RUN, op)
+        if event > RUNS_AN_OP * len(self.ran) + FEWEST_RUNS:
+            raise DecodeError(next(iter(self.tables.problem.ops[op].creates), -1), "versions that undo each other are made over and over")
         self.ran[op] = True
         for storage, version in self.tables.needs(op, self.choice[op]):
             if self.trace.inst_version[self.instance[storage]] != version:

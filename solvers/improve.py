@@ -18,7 +18,7 @@ REFILL_OPS = 100_000  # ops decoded per refill round, roughly
 class Undo:
     """One decision that could be taken back: bytes more in events first..last, microseconds saved."""
 
-    kind: str  # "cut", "away" or "choice"
+    kind: str  # "cut", "away", "spill" or "choice"
     subject: int
     value: int
     size_bytes: int
@@ -32,6 +32,8 @@ class Undo:
                 decisions.uncut(self.subject, self.value)
         elif self.kind == "away":
             decisions.away.discard(self.subject)
+        elif self.kind == "spill":
+            decisions.spilled.discard(self.subject)
         else:
             decisions.choice[self.subject] = self.value
 
@@ -57,6 +59,7 @@ def refill(tables: Tables, state: State, weight: float, deadline: float = float(
 def _undos(tables: Tables, state: State, weight: float) -> list[Undo]:
     """Every decision that could be taken back, by saved time per byte and event, best first."""
     undos = [*_undo_cuts(tables, state, weight), *_undo_away(tables, state, weight), *_undo_choices(tables, state)]
+    undos += _undo_spills(tables, state, weight)
     return sorted(undos, key=lambda undo: -undo.saved_us / (undo.size_bytes + 1))
 
 
@@ -101,6 +104,20 @@ def _undo_away(tables: Tables, state: State, weight: float) -> list[Undo]:
         spans = ((0, first.get(storage, count) - 1), (last.get(storage, count) + 1, count - 1))
         saved = tables.read_us[storage] + (tables.write_us[storage] if storage in tables.written else 0)
         result.append(Undo("away", storage, 0, tables.size[storage], spans, weight * saved))
+    return result
+
+
+def _undo_spills(tables: Tables, state: State, weight: float) -> list[Undo]:
+    """A storage would be recomputed where it is read from disk now. What its inputs take shows only when it is tried."""
+    result = []
+    for storage in sorted(state.decisions.spilled):
+        producer = tables.created_by[storage]
+        if producer < 0 or not tables.problem.ops[producer].rerunnable:
+            continue
+        again = tables.problem.ops[producer].choices[state.decisions.choice[producer]].time_us
+        saved = weight * (tables.read_us[storage] + tables.write_us[storage]) - again
+        if saved > 0:
+            result.append(Undo("spill", storage, 0, 0, (), saved))
     return result
 
 

@@ -18,6 +18,7 @@ from solvers.schedule import Schedule, format_bytes
 
 EFFORTS = ("fast", "balanced", "proof")
 TRANSFER_WEIGHTS = (0.3, 1.0)
+TIGHTEST = 0.0  # transfers cost nothing: the path that goes lowest whatever the times are; walked where the others end too high
 READ_MARGINS = (1.0, 1.5, 2.5)
 SEARCH_ROUNDS = 400
 GOOD_ENOUGH = 1.005  # times the bound: no second greedy path
@@ -113,7 +114,7 @@ def smallest(problem: Problem) -> tuple[int, Schedule]:
     """The smallest budget found, and a schedule with that peak (time comes second)."""
     problem.validate()
     tables = Tables(problem)
-    states = [min(descend(tables, weight), key=_tightness) for weight in TRANSFER_WEIGHTS]
+    states = [min(descend(tables, weight), key=_tightness) for weight in (*TRANSFER_WEIGHTS, TIGHTEST)]
     best = min(states, key=_tightness)
     schedule = emit(tables, best.decisions, best.trace, synchronous(best.trace))
     return replay(problem, schedule, enforce_budget=False).peak_bytes, schedule
@@ -129,10 +130,11 @@ def _offer_greedy(
     """Walk down each greedy path to the budget, refill, search; returns the smallest peak of each path walked."""
     smallest_found: list[int] = []
     bound = roofline_us(tables.problem)
-    for weight in TRANSFER_WEIGHTS:
-        if best.report and (best.report.time_us <= GOOD_ENOUGH * bound or time.monotonic() > deadline):
+    for walked in (*TRANSFER_WEIGHTS, TIGHTEST):
+        if best.report and (walked == TIGHTEST or best.report.time_us <= GOOD_ENOUGH * bound or time.monotonic() > deadline):
             break
-        path = list(_until_fit(tables, weight))
+        weight = walked or TRANSFER_WEIGHTS[0]
+        path = list(_until_fit(tables, walked))
         smallest_found.append(min(state.profile.peak_bytes for state in path))
         if smallest_found[-1] > tables.problem.budget_bytes:
             continue

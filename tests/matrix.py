@@ -104,7 +104,7 @@ class Shared:
         for call in range(2):
             step(*training.batch(call))
         self.hints.clear()
-        return [(graph, plan.problem) for _, graph, plan, _ in self.captured.values()]
+        return [(graph, nominal(plan.problem)) for _, graph, plan, _ in self.captured.values()]
 
 
 class PlannedAgain(CompiledStep):
@@ -122,9 +122,21 @@ class PlannedAgain(CompiledStep):
         for optimizer in self.state.optimizers.values():
             initialise_optimizer(optimizer)
         hints = self.shared.hints.setdefault(key, [])
-        plan = make_plan(graph, loose.problem.with_budget(self.options.budget_bytes), self.options.effort, hints=tuple(hints))
+        plan = make_plan(graph, nominal(loose.problem).with_budget(self.options.budget_bytes), self.options.effort, hints=tuple(hints))
         hints.append(plan.schedule)
         return contract, graph, plan, codegen.generate(graph, plan)
+
+
+def nominal(problem: solvers.Problem) -> solvers.Problem:
+    """The same problem with times that follow from sizes alone: what is chosen must not depend on how busy the machine was when it measured."""
+
+    def timed(op: solvers.Op) -> solvers.Op:
+        touched = sum(problem.storages[storage].size_bytes for storage in (*op.creates, *op.writes))
+        choices = (replace(c, time_us=5 + (touched + sum(problem.storages[s].size_bytes for s in c.reads)) // 10_000) for c in op.choices)
+        return replace(op, choices=tuple(choices))
+
+    ops = tuple(timed(op) for op in problem.ops)
+    return replace(problem, ops=ops, read_bytes_per_us=1000.0, write_bytes_per_us=500.0, latency_us=60)
 
 
 def keep_all_bytes(problem: solvers.Problem) -> int:

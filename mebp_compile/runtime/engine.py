@@ -41,7 +41,6 @@ class Engine:
         self.homes = homes
         self.committed = False
         self.on_view: Callable[[torch.Tensor], None] | None = None  # a meter that is told of every view of the arena
-        self._typed: dict[torch.dtype, torch.Tensor] = {}
         self._views: dict[tuple[Any, ...], torch.Tensor] = {}
         self._reading: dict[str, torch.Tensor] = {}
         self._rng: dict[str, torch.Tensor] = {}
