@@ -15,7 +15,7 @@ import torch.utils._pytree as pytree
 
 from mebp_compile import artifacts, cache, codegen, explain, viz
 from mebp_compile.capture import State, capture, find_state
-from mebp_compile.capture.contract import contract_of
+from mebp_compile.capture.contract import Contract, contract_of
 from mebp_compile.capture.optimizers import forget_state, initialise_used, optimizer_state_of
 from mebp_compile.compare import Comparison, compare
 from mebp_compile.config import Options, debug_level, dump_dir, parse_budget
@@ -25,6 +25,7 @@ from mebp_compile.graph import Graph
 from mebp_compile.lower import drop_gradients, lower
 from mebp_compile.lower.stream import stream_weights
 from mebp_compile.planning import Plan, build_problem, make_plan
+from mebp_compile.runtime.ahead import state_after
 from mebp_compile.runtime.bind import Streamed, bind_weights
 from mebp_compile.runtime.guards import batch_tensors, holds, signature
 from mebp_compile.runtime.homes import Homes, state_dict
@@ -119,6 +120,7 @@ class CompiledStep:
         self.current: Program | None = None
         self.poisoned = ""
         self.dumped = 0
+        self.foreseen: dict[Any, cache.Found] = {}
         self.homes = Homes(state, options.offload_dir) if options.offload_dir is not None else None
         self.ignored_gradients: frozenset[str] = frozenset()
 
@@ -174,10 +176,9 @@ class CompiledStep:
         known = self.programs.get(self._signature(batch, kwargs), [])
         program = next((program for program in known if program.applies(leaves)), None)
         if program is None:
-            contract, graph, solved, code = self._planned(batch, kwargs)
+            contract, graph, solved, code = self._planned_with_next(batch, kwargs)
             engine = make_engine(graph, solved, self.state, contract, self.options, self.streamed, self.homes)
             program = Program(contract, graph, solved, code, engine, load(code)[0])
-            self.ignored_gradients |= frozenset(contract.cleared)
             self.programs.setdefault(self._signature(batch, kwargs), []).append(program)
         self.current = program
         return program
@@ -186,18 +187,35 @@ class CompiledStep:
         """The plan for this batch, without anything that would run it. Optimizer state that the capture made is given up again."""
         had = optimizer_state_of(self.state)
         try:
-            return self._planned(batch, kwargs)[2]
+            return self._planned_with_next(batch, kwargs)[2]
         finally:
             forget_state(self.state, keep=had)
 
     def _signature(self, batch: Any, kwargs: Any) -> Any:
         return signature(self.state, (batch, kwargs), self.ignored_gradients)
 
+    def _planned_with_next(self, batch: Any, kwargs: Any) -> cache.Found:
+        """The program of this call; and, planned before it runs, that of the next one where the state that this call makes (SGD's momentum)
+        asks for another. Either may be refused, and then no state is left behind."""
+        had, key = optimizer_state_of(self.state), self._signature(batch, kwargs)
+        made = self.foreseen.pop(key, None)
+        if made is None or not self._holds(made[0], batch, kwargs):
+            made = self._planned(batch, kwargs)
+        self.ignored_gradients |= frozenset(made[0].cleared)
+        try:
+            with state_after(self.state, made[1], self.ignored_gradients) as differs:
+                if differs:
+                    self.tell("planning the calls after the first, which find more state")
+                    self.foreseen[self._signature(batch, kwargs)] = self._planned(batch, kwargs)
+        except BaseException:
+            forget_state(self.state, keep=had)
+            raise
+        return made
+
     def _planned(self, batch: Any, kwargs: Any) -> cache.Found:
         """From the cache where its guards hold, or built."""
-        given, live = batch_tensors(pytree.tree_leaves((batch, kwargs))), LiveState(self.state, {})
         key = self._key(batch, kwargs)
-        made = cache.find(key, lambda contract: holds(contract, live.hyper, given)) if key else None
+        made = cache.find(key, lambda contract: self._holds(contract, batch, kwargs)) if key else None
         if made is None:
             had = optimizer_state_of(self.state)
             try:
@@ -213,6 +231,9 @@ class CompiledStep:
             self.dumped += 1
             artifacts.save_artifacts(folder / f"{self.dumped:02d}", *made[1:])
         return made
+
+    def _holds(self, contract: Contract, batch: Any, kwargs: Any) -> bool:
+        return holds(contract, LiveState(self.state, {}).hyper, batch_tensors(pytree.tree_leaves((batch, kwargs))))
 
     def _key(self, batch: Any, kwargs: Any) -> str:
         if not self.options.cache:

@@ -64,6 +64,30 @@ class LiveState:
             module, attribute = _owner(self.state.modules[root], name)
             setattr(module, attribute, tensor)
 
+    def owner(self, path: str) -> torch.Tensor:
+        """The parameter of a gradient or of an entry of optimizer state."""
+        kind, rest = path.split(":", 1)
+        return self.parameters[rest if kind == "gradient" else ":".join(rest.split(":")[1:3])]
+
+    def lacks(self, path: str) -> bool:
+        """Whether there is no such gradient or entry of optimizer state yet. Other state is always there."""
+        kind, rest = path.split(":", 1)
+        if kind == "gradient":
+            return self.parameters[rest].grad is None
+        if kind != "optimizer":
+            return False
+        state = self.state.optimizers[rest.split(":")[0]].state
+        owner = self.owner(path)
+        return owner not in state or state[owner].get(rest.split(":")[3]) is None
+
+    def forget(self, path: str) -> None:
+        """Take away a gradient or an entry of optimizer state."""
+        kind, rest = path.split(":", 1)
+        if kind == "gradient":
+            self.parameters[rest].grad = None
+        else:
+            del self.state.optimizers[rest.split(":")[0]].state[self.owner(path)][rest.split(":")[3]]
+
     def hyper(self, expression: str) -> Any:
         """The value now of an expression over param groups, such as `1 - opt.param_groups[0]['lr'] * ...`."""
         return eval(compile(expression, "<hyper>", "eval"), {"__builtins__": HYPER_NAMES, "math": math}, dict(self.state.optimizers))
