@@ -139,23 +139,30 @@ class _Writer:
             self._line("del _")
 
     def _loop(self, number: int, op: Op, choice: int, again: bool) -> None:
-        """A Loop run tile by tile: one line that makes the result, then the `for` with the body one op a line."""
+        """A Loop run tile by tile: what comes before the tiles, the `for` with its body one op a line, and what comes after them. A body
+        that makes no output of the op's own puts parts of it in place, into a buffer that one line makes first."""
         loop = op.menu[choice - 1]
         assert op.body is not None
-        result = self.graph.value[op.outputs[0] or ""]
-        buffer = self._buffer(number, result.name) if self._in_arena(number, op) else self._new(result)
         in_memory = {name for name in op.body.inputs if self.graph.storage_of(name) in loop.reads}
         inner = {name: self._use(name) if name in in_memory else "None" for name in op.body.inputs}
-        fresh = not self.bound.get(result.storage)
-        self._line(f"{result.name} = {buffer}", self._note(op, number, again))
-        self.bound.setdefault(result.storage, []).extend([result.name] if fresh else [])
+        note = self._note(op, number, again)
+        steps = {phase: [body for body in op.body.ops if body.phase == phase] for phase in ("before", "tile", "after")}
+        if not steps["after"]:
+            result = self.graph.value[op.outputs[0] or ""]
+            self._line(f"{result.name} = {self._buffer(number, result.name) if self._in_arena(number, op) else self._new(result)}", note)
+        for body in steps["before"]:
+            self._line(_assigned(body, inner))
         self._line(f"for tile in run.tiles({op.body.name}, {loop.trips}):")
-        made: list[str] = []
-        for body in op.body.ops:
-            text = call(body, inner, (), "")
-            self._line(f"    {body.outputs[0]} = {text}" if body.outputs else f"    {text}")
-            made += [name for name in body.outputs if name]
-        self._line(f"    del {', '.join(made)}")
+        for body in steps["tile"]:
+            self._line(f"    {_assigned(body, inner)}")
+        self._line(f"    del {', '.join(_made(steps['tile']))}")
+        for body in steps["after"]:
+            self._line(_assigned(body, inner), note)
+        if steps["before"]:
+            self._line(f"del {', '.join(_made(steps['before']))}")
+        for output in op.outputs:
+            if output and not self.bound.get(self.graph.storage_of(output)):
+                self.bound.setdefault(self.graph.storage_of(output), []).append(output)
 
     def _free(self, storage: int) -> None:
         names = self.bound.pop(storage, [])
@@ -241,6 +248,16 @@ class _Writer:
     def _line(self, code: str, comment: str = "") -> None:
         text = f"    {code}"
         self.lines.append(f"{text:<{COMMENT_COLUMN}}  # {comment}" if comment else text)
+
+
+def _assigned(op: Op, names: dict[str, str]) -> str:
+    """One op of a Loop's body, and the names of what it makes."""
+    text = call(op, names, (), "")
+    return f"{', '.join(name or '_' for name in op.outputs)} = {text}" if op.outputs else text
+
+
+def _made(ops: list[Op]) -> list[str]:
+    return [name for op in ops for name in op.outputs if name]
 
 
 def _geometry(value: Value) -> str:

@@ -1,6 +1,6 @@
 """optimize(): the whole pipeline on one screen. Read this first.
 
-step_fn -> capture -> lower -> cost -> plan (problem, solve, check, place) -> codegen -> run
+step_fn -> capture -> passes -> lower -> cost -> plan (problem, solve, check, place) -> codegen -> run
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from mebp_compile.capture.optimizers import forget_state, initialise_used, optim
 from mebp_compile.compare import Comparison, compare
 from mebp_compile.config import Options, debug_level, dump_dir, parse_budget
 from mebp_compile.cost import measure_costs
-from mebp_compile.errors import MebpError, OptionError, StepPoisoned
+from mebp_compile.errors import BudgetInfeasible, MebpError, OptionError, StepPoisoned
 from mebp_compile.graph import Graph
 from mebp_compile.lower import drop_gradients, lower
 from mebp_compile.lower.stream import stream_weights
+from mebp_compile.passes import run_passes
 from mebp_compile.planning import Plan, build_problem, make_plan
 from mebp_compile.runtime.ahead import state_after
 from mebp_compile.runtime.bind import Streamed, bind_weights
@@ -83,6 +84,8 @@ def build(
     records = streamed.records if streamed else {}
     tell("capturing the step")
     traced = capture(step_fn, state, *batch)
+    for note in run_passes(traced.module, options.numerics):
+        tell(note)
     graph = lower(traced)
     kept_bytes = sum(graph.storages[graph.storage_of(name)].size_bytes for path, name in graph.results if path.startswith("gradient:"))
     if options.grads == "drop":
@@ -94,7 +97,11 @@ def build(
     saves = (
         f'grads="drop" (frees {kept_bytes:,} bytes of .grad that the next zero_grad would discard)' if kept_bytes and traced.cleared else ""
     )
-    solved = make_plan(graph, problem, options.effort, options.time_limit_s, advice=saves, tell=tell)
+    try:
+        solved = make_plan(graph, problem, options.effort, options.time_limit_s, advice=saves, tell=tell)
+    except BudgetInfeasible as error:
+        error.refused = (contract_of(traced), graph)
+        raise
     return contract_of(traced), graph, solved, codegen.generate(graph, solved)
 
 
@@ -197,10 +204,13 @@ class CompiledStep:
     def _planned_with_next(self, batch: Any, kwargs: Any) -> cache.Found:
         """The program of this call; and, planned before it runs, that of the next one where the state that this call makes (SGD's momentum)
         asks for another. Either may be refused, and then no state is left behind."""
-        had, key = optimizer_state_of(self.state), self._signature(batch, kwargs)
-        made = self.foreseen.pop(key, None)
-        if made is None or not self._holds(made[0], batch, kwargs):
-            made = self._planned(batch, kwargs)
+        had = optimizer_state_of(self.state)
+        made = self.foreseen.pop(self._signature(batch, kwargs), None)
+        try:
+            if made is None or not self._holds(made[0], batch, kwargs):
+                made = self._planned(batch, kwargs)
+        except BudgetInfeasible as error:
+            raise self._larger(error, batch, kwargs) from None
         self.ignored_gradients |= frozenset(made[0].cleared)
         try:
             with state_after(self.state, made[1], self.ignored_gradients) as differs:
@@ -211,6 +221,17 @@ class CompiledStep:
             forget_state(self.state, keep=had)
             raise
         return made
+
+    def _larger(self, refusal: BudgetInfeasible, batch: Any, kwargs: Any) -> BudgetInfeasible:
+        """Of the refusals of this call's program and of the next one's, the one that asks for more."""
+        contract, graph = refusal.refused
+        try:
+            with state_after(self.state, graph, self.ignored_gradients | frozenset(contract.cleared)) as differs:
+                if differs:
+                    self._planned(batch, kwargs)
+        except BudgetInfeasible as later:
+            return max(refusal, later, key=lambda error: error.smallest_bytes)
+        return refusal
 
     def _planned(self, batch: Any, kwargs: Any) -> cache.Found:
         """From the cache where its guards hold, or built."""

@@ -21,7 +21,8 @@ import torch
 from mebp_compile.config import Options, cache_dir
 from mebp_compile.errors import CacheError
 from mebp_compile.graph import Arg, Const, Graph, LoopChoice, Op, Ref, Value, inputs_of
-from mebp_compile.lower.stream import MATMULS, Record, tile_size
+from mebp_compile.loop_cost import loop_requests, price_loop
+from mebp_compile.lower.stream import Record
 from mebp_compile.measure.disk import measure_disk
 from mebp_compile.measure.ops import measure_ops
 from mebp_compile.planning import Costs, OpCost
@@ -41,11 +42,11 @@ def measure_costs(
     """Measured costs by op name, and the graph with each Loop's menu priced and reduced to the tilings proven bit-equal here."""
     table = CostTable()
     wanted = {op.name: _request(graph, op, records or {}) for op in graph.ops}
-    checks = {f"{op.name}/{choice.trips}": _check(graph, op, choice.trips) for op in graph.ops for choice in op.menu}
-    tiles = {f"{op.name}/{choice.trips}": _tile_request(graph, op, choice.trips) for op in graph.ops for choice in op.menu}
-    results = table.lookup([*wanted.values(), *checks.values(), *tiles.values()], progress)
+    loops = {op.name: loop_requests(graph, op) for op in graph.ops if op.menu}
+    asked = [request for requests in loops.values() for pair in requests.values() for request in pair]
+    results = table.lookup([*wanted.values(), *asked], progress)
     costs = {op.name: _op_cost(graph, op, results, wanted[op.name], records or {}) for op in graph.ops}
-    ops = tuple(replace(op, menu=tuple(_priced(graph, op, costs, results, checks, tiles))) if op.menu else op for op in graph.ops)
+    ops = tuple(replace(op, menu=_priced(graph, op, loops[op.name], results)) if op.menu else op for op in graph.ops)
     disk = table.disk(options.offload_dir) if options.offload_dir is not None else None
     speeds = (disk["read"], disk["write"], disk["latency"]) if disk else (1000.0, 500.0, 100)
     return Costs(costs, speeds[0], speeds[1], int(speeds[2]), True), replace(graph, ops=ops)
@@ -97,45 +98,6 @@ def _tensor(value: Value) -> Json:
     return {"tensor": {**spec, "fill": FILLED_LIKE.get(value.dtype, "normal")}}
 
 
-def _tile_request(graph: Graph, op: Op, trips: int) -> Json:
-    """The matmul of one tile."""
-    rows, inner, width = _matmul_shape(graph, op)
-    size = tile_size(width, trips)
-    dtype = graph.value[op.outputs[0] or ""].dtype
-    first = {"tensor": {"shape": [rows, inner], "dtype": dtype, "fill": "normal"}}
-    transposed = op.body is not None and op.body.ops[0].target == "run.rows"
-    second = {"shape": [inner, size], "stride": [1, inner] if transposed else [size, 1], "dtype": dtype, "fill": "normal"}
-    return {"target": "aten.mm.default", "args": [first, {"tensor": second}], "kwargs": {}}
-
-
-def _check(graph: Graph, op: Op, trips: int) -> Json:
-    """Whole matmul against the same matmul in tiles of output columns, compared in raw bytes by the child."""
-    rows, inner, width = _matmul_shape(graph, op)
-    size = tile_size(width, trips)
-    transposed = op.body is not None and op.body.ops[0].target == "run.rows"
-    dtype = graph.value[op.outputs[0] or ""].dtype
-    inputs = {
-        "x": {"tensor": {"shape": [rows, inner], "dtype": dtype}},
-        "w": {"tensor": {"shape": [width, inner] if transposed else [inner, width], "dtype": dtype}},
-    }
-    bias = op.target == "aten.addmm.default"
-    if bias:
-        inputs["b"] = {"tensor": {"shape": [width], "dtype": dtype}}
-    tile = "w[i : i + {0}].contiguous().t()" if transposed else "w[:, i : i + {0}].contiguous()"
-    call = "torch.addmm(b[{1}], x, {0})" if bias else "torch.mm(x, {0})"
-    whole = call.format("w.t()" if transposed else "w", ":")
-    part = call.format(tile.format(size), f"i : i + {size}")
-    unpack = "x, w" + (", b" if bias else "") + " = " + ", ".join(f"inputs[{name!r}]" for name in inputs)
-    tiled = f"y = x.new_empty({rows}, {width})\nfor i in range(0, {width}, {size}):\n    y[:, i : i + {size}] = {part}\nreturn y"
-    return {"kind": "equal", "inputs": inputs, "first": f"{unpack}\nreturn {whole}", "second": f"{unpack}\n{tiled}"}
-
-
-def _matmul_shape(graph: Graph, op: Op) -> tuple[int, int, int]:
-    first = graph.value[op.args[MATMULS[op.target] - 1].name]
-    result = graph.value[op.outputs[0] or ""]
-    return first.shape[0], first.shape[1], result.shape[1]
-
-
 # --- what comes back ---
 
 
@@ -166,23 +128,16 @@ def _cost(results: dict[str, Json], request: Json | None) -> OpCost:
     return OpCost(CALL_US + int(answer.get("time_us") or 0), int(answer.get("workspace_bytes") or 0))
 
 
-def _priced(
-    graph: Graph, op: Op, costs: dict[str, OpCost], results: dict[str, Json], checks: dict[str, Json], tiles: dict[str, Json]
-) -> Iterable[LoopChoice]:
-    """The choices of an op's menu that are bit-equal here, each with its workspace and time."""
-    rows, inner, width = _matmul_shape(graph, op)
-    itemsize = graph.storages[op.creates[0]].size_bytes // (rows * width)
+def _priced(graph: Graph, op: Op, requests: dict[int, tuple[Json, Json | None]], results: dict[str, Json]) -> tuple[LoopChoice, ...]:
+    """The choices of an op's menu that were measured, and are bit-equal here where they must be, each with its workspace and time."""
+    priced = []
     for choice in op.menu:
-        key = f"{op.name}/{choice.trips}"
-        if not results.get(_key(checks[key]), {}).get("equal"):
+        tile, check = requests[choice.trips]
+        if "error" in results[_key(tile)] or (check and not results[_key(check)].get("equal")):
             continue
-        size = tile_size(width, choice.trips)
-        one = _cost(results, tiles[key])
-        dense = size * inner * itemsize
-        packed = 0 if not choice.disk_bytes else -(-choice.disk_bytes * size // width) + 4096
-        workspace = dense + rows * size * itemsize + packed + max(one.workspace_bytes, 4096)
-        copies_us = (rows * size * itemsize + dense) // 8000
-        yield replace(choice, workspace_bytes=workspace, time_us=choice.trips * (one.time_us + copies_us + 20) + choice.disk_bytes // 1000)
+        one = _cost(results, tile)
+        priced.append(price_loop(graph, op, choice, one.time_us, one.workspace_bytes))
+    return tuple(priced)
 
 
 # --- the cache ---
@@ -206,7 +161,7 @@ def _key(request: Json | None) -> str:
 
 
 def _measured(requests: dict[str, Any]) -> dict[str, Json]:
-    return measure_ops([{"key": key, **request} for key, request in requests.items()], imports=["mebp_compile.quant"])
+    return measure_ops([{"key": key, **request} for key, request in requests.items()], imports=["mebp_compile.quant", "mebp_compile.kernels"])
 
 
 def _with_zeros(request: Any) -> Any:

@@ -3,6 +3,10 @@
 Every error that this package raises on purpose is a `MebpError`: a message (what happened, where) and a `fix` (what to try next).
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class MebpError(Exception):
     """Base of all errors raised on purpose; `fix` says what to try next."""
@@ -46,7 +50,12 @@ class GraphError(MebpError):
 
 
 class BudgetInfeasible(MebpError):
-    """No schedule found fits the budget. `smallest_bytes` fits; nothing below `lower_bound_bytes` can."""
+    """No schedule found fits the budget. `smallest_bytes` fits; nothing below `lower_bound_bytes` can.
+
+    refused: (contract, graph) of the program, where a whole step was refused.
+    """
+
+    refused: Any = None
 
     def __init__(self, message: str, fix: str, smallest_bytes: int, lower_bound_bytes: int, binding_op: str) -> None:
         super().__init__(message, fix)

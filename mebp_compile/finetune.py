@@ -60,6 +60,7 @@ class Settings:
     effort: str = "balanced"
     time_limit_s: float = 20.0
     seed: int = 0
+    numerics: str = "exact"
 
     def __post_init__(self) -> None:
         for name in ("sequence", "batch", "lora_rank"):
@@ -237,7 +238,7 @@ def _optimize(
     step_fn: Callable[..., Any], settings: Settings, store: WeightStore | None, say: Callable[[str], None] | None
 ) -> CompiledStep:
     return optimize(
-        step_fn, settings.budget, weights=store, offload=settings.offload,
+        step_fn, settings.budget, weights=store, offload=settings.offload, numerics=settings.numerics,
         effort=settings.effort, time_limit_s=settings.time_limit_s, progress=say,
     )  # fmt: skip
 

@@ -162,7 +162,8 @@ def _op(op: Op, cost: OpCost) -> solvers.Op:
     loops = tuple(
         solvers.Choice(choice.reads, choice.workspace_bytes, max(1, choice.time_us), choice.trips, choice.disk_bytes) for choice in op.menu
     )
-    return solvers.Op(op.name, (plain, *loops), op.creates, op.writes, op.rng, True, op.phase, op.module)
+    optional = op.target == "run.dequantise"  # its readers may all take choices that read the packed weight
+    return solvers.Op(op.name, (plain, *loops), op.creates, op.writes, op.rng, True, op.phase, op.module, optional)
 
 
 def make_plan(

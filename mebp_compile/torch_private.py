@@ -36,6 +36,12 @@ def fake_mode() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
 
 
+def mode_of(fake: torch.Tensor) -> FakeTensorMode:
+    """The mode that made a fake tensor."""
+    assert isinstance(fake, FakeTensor)
+    return fake.fake_mode
+
+
 def fake_construction(mode: FakeTensorMode) -> contextlib.AbstractContextManager[Any]:
     return mode
 

@@ -6,8 +6,8 @@ from solvers.problem import Op, Problem
 
 
 def roofline_us(problem: Problem) -> int:
-    """Every op runs at least once: sum over ops of the time of its fastest choice."""
-    return sum(min(choice.time_us for choice in op.choices) for op in problem.ops)
+    """Every op that is not optional runs at least once: sum over them of the time of the fastest choice."""
+    return sum(min(choice.time_us for choice in op.choices) for op in problem.ops if not op.optional)
 
 
 def always_live(problem: Problem) -> frozenset[int]:
@@ -27,14 +27,14 @@ def always_live(problem: Problem) -> frozenset[int]:
 def working_set(problem: Problem) -> tuple[int, str]:
     """The least budget that any schedule needs, and the name of the op that needs it.
 
-    max over ops of min over choices of (constant + always live + reads + writes + creates + workspace); at the
+    max over ops (but optional ones) of min over choices of (constant + always live + reads + writes + creates + workspace); at the
     end the outputs are live together.
     """
     pinned = always_live(problem)
     base = problem.constant_bytes + sum(problem.storages[s].size_bytes for s in pinned)
     outputs = {index for index, storage in enumerate(problem.storages) if storage.output}
     needs = [(base + _bytes(problem, outputs - pinned), "end of the step")]
-    needs += [(base + _op_bytes(problem, op, pinned), op.name) for op in problem.ops]
+    needs += [(base + _op_bytes(problem, op, pinned), op.name) for op in problem.ops if not op.optional]
     return max(needs, key=lambda need: need[0])
 
 

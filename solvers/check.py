@@ -261,7 +261,7 @@ class _Machine:
     def end(self) -> None:
         """Everything ran, nothing moves, and every storage is where it belongs."""
         for index, count in enumerate(self.run_count):
-            if count == 0:
+            if count == 0 and not self.problem.ops[index].optional:
                 self.fail("missing-op", self.problem.ops[index].name)
         for pending in (*self.writing, *self.reading):
             self.fail("end-in-flight", self.name(pending))
@@ -289,7 +289,7 @@ class _Machine:
             timeline=tuple(self.timeline),
             stall_us=self.stall_us,
             runs=sum(self.run_count),
-            recomputes=sum(count - 1 for count in self.run_count),
+            recomputes=sum(max(0, count - 1) for count in self.run_count),
             offloads=self.offloads,
             prefetches=self.prefetches,
             written_bytes=self.written_bytes,

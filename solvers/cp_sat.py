@@ -40,7 +40,7 @@ class ExactAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A possible run of op `op` in stage `stage`; first: it must happen."""
+    """A possible run of op `op` in stage `stage`; first: the one of its own stage, which must happen unless it is optional."""
 
     stage: int
     op: int
@@ -132,7 +132,7 @@ class Model:
         """c[e, j] <= m[e, u] for reads u of choice j; sum_j c[e, j] <= m[e, u] for writes; first runs happen."""
         item = self.events[event]
         op = self.problem.ops[item.op]
-        self.model.add(self.ran(event) == 1) if item.first else self.model.add(self.ran(event) <= 1)
+        self.model.add(self.ran(event) == 1) if item.first and not op.optional else self.model.add(self.ran(event) <= 1)
         for j in range(len(op.choices)):
             for value in self.tables.reads[item.op][j]:
                 self.model.add(self.c[event, j] <= self.m[event, value])

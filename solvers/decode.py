@@ -287,6 +287,8 @@ def decode(tables: Tables, decisions: Decisions) -> Trace:
     decoder = Decoder(tables, decisions)
     for op in range(len(decisions.choice)):
         decoder.group = op
+        if tables.problem.ops[op].optional:  # it runs when somebody reads what it makes
+            continue
         decoder.obtain(tables.needs(op, decisions.choice[op]), op)
     decoder.end()
     return decoder.trace

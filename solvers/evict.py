@@ -17,6 +17,7 @@ import numpy as np
 
 from solvers.decode import RUN, Decisions, Tables, Trace
 from solvers.emit import Ints, Profile
+from solvers.problem import Choice
 
 CLOSURE_LIMITS = (40, 200)  # ops of a closure: short ones are tried first
 EVENTS_PER_ROUND = 60
@@ -172,13 +173,17 @@ class Round:
         return present
 
     def other_choices(self, event: int) -> list[int]:
-        """Choices of the event's op with less workspace than its present one."""
+        """Choices of the event's op that take less than its present one."""
         if self.trace.kind[event] != RUN:
             return []
         op = self.trace.subject[event]
         choices = self.tables.problem.ops[op].choices
-        now = choices[self.decisions.choice[op]]
-        return [k for k, choice in enumerate(choices) if choice.workspace_bytes < now.workspace_bytes]
+        now = self.taken(choices[self.decisions.choice[op]])
+        return [k for k, choice in enumerate(choices) if self.taken(choice) < now]
+
+    def taken(self, choice: Choice) -> int:
+        """Bytes of a choice's workspace and of what it reads, as far as that can leave memory."""
+        return choice.workspace_bytes + sum(self.tables.size[s] for s in choice.reads if not self.tables.pinned[s])
 
     def price(self, candidate: int, event: int) -> Eviction | None:
         """The best way to evict segment `candidate` (or to take choice -1 - candidate) at the event; None: no way."""
@@ -206,8 +211,8 @@ class Round:
         op = self.trace.subject[event]
         choices = self.tables.problem.ops[op].choices
         now, other = choices[self.decisions.choice[op]], choices[k]
-        more = sum(self.tables.size[s] for s in other.reads if s not in self.present)
-        gain = now.workspace_bytes - other.workspace_bytes - more
+        here = sum(self.tables.size[s] for s in other.reads if s in self.present and s not in now.reads and not self.tables.pinned[s])
+        gain = self.taken(now) - self.taken(other) + here
         if gain <= 0:
             return None
         return Eviction("choice", gain, max(0, other.time_us - now.time_us) * self.run_count[op])

@@ -132,9 +132,10 @@ def _undo_choices(tables: Tables, state: State) -> list[Undo]:
     for op, at in events.items():
         choices, now = tables.problem.ops[op].choices, state.decisions.choice[op]
         for k in _faster(tables, op, now):
-            more = max(0, choices[k].workspace_bytes - choices[now].workspace_bytes)
+            more = choices[k].workspace_bytes - choices[now].workspace_bytes
+            more += sum(tables.size[s] for s in choices[k].reads) - sum(tables.size[s] for s in choices[now].reads)
             saved = (choices[now].time_us - choices[k].time_us) * len(at)
-            result.append(Undo("choice", op, k, more, tuple((e, e) for e in at), saved))
+            result.append(Undo("choice", op, k, max(0, more), tuple((e, e) for e in at), saved))
     return result
 
 

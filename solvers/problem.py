@@ -38,7 +38,8 @@ class Op:
     """One op. creates: storages that it allocates. writes: storages it modifies in place (not repeated in reads).
 
     choices[0] is the default. rng ops keep their base order among each other (first runs).
-    rerunnable=False forbids a second run.
+    rerunnable=False forbids a second run. optional: need not run where nobody reads what it creates (a weight that is
+    dequantised for choices that a schedule may not take).
     """
 
     name: str
@@ -49,6 +50,7 @@ class Op:
     rerunnable: bool = True
     phase: str = "forward"
     module: str = ""
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,8 @@ class Problem:
                 creator[storage] = index
             written.update(op.writes)
         _validate_definitions(self, creator)
+        for op in self.ops:
+            _validate_optional(self, op, written)
 
     def with_budget(self, budget_bytes: int) -> Problem:
         """The same problem under another budget."""
@@ -174,6 +178,16 @@ def _validate_op(problem: Problem, op: Op) -> None:
         for field in ("workspace_bytes", "time_us", "trips", "disk_bytes"):
             if not _is_count(getattr(choice, field)):
                 raise ProblemError(f"op {op.name}: {field} must be an integer >= 0")
+
+
+def _validate_optional(problem: Problem, op: Op, written: set[int]) -> None:
+    """An optional op may run at any time before somebody reads what it makes, or not at all."""
+    if not op.optional:
+        return
+    if op.writes or op.rng or not op.creates or any(problem.storages[s].output for s in op.creates):
+        raise ProblemError(f"op {op.name}: an optional op only creates storages, none an output, and draws no random numbers")
+    if written & {*op.creates, *(read for choice in op.choices for read in choice.reads)}:
+        raise ProblemError(f"op {op.name}: what an optional op reads or creates is never written in place")
 
 
 def _validate_ids(problem: Problem, op: Op, ids: Iterable[int], field: str) -> None:

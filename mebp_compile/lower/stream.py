@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from mebp_compile.graph import Graph, LoopChoice, Op, Ref, Storage, Value, inputs_of
+from mebp_compile.lower.loss_loop import TILED_LOSS, with_loss_menu
+from mebp_compile.lower.loss_loop import TRIPS as LOSS_TRIPS
 from mebp_compile.lower.naming import Namer
 
 TRIPS = (2, 4, 8, 16, 32)
@@ -102,6 +104,10 @@ class _Streaming:
 
     def _with_menu(self, op: Op) -> Op:
         """The Loop of a matmul whose second matrix is a streamed weight, or its transpose."""
+        if op.target == TILED_LOSS and isinstance(op.args[1], Ref) and self.old.storage_of(op.args[1].name) in self.streamed:
+            storage = self.old.storage_of(op.args[1].name)
+            value, packed, record = self.dense[storage], self.packed[storage], self.streamed[storage]
+            return with_loss_menu(op, value, packed, record.size_bytes, trip_counts(value.shape[0], LOSS_TRIPS))
         weight = self._second_matrix(op)
         if weight is None:
             return op
@@ -142,10 +148,10 @@ def _other_reads(graph: Graph, op: Op, weight: str) -> set[int]:
     return {graph.storage_of(name) for name in inputs_of(rest)}
 
 
-def trip_counts(width: int) -> tuple[int, ...]:
+def trip_counts(width: int, trips_wanted: tuple[int, ...] = TRIPS) -> tuple[int, ...]:
     """Numbers of tiles worth offering for `width` output columns: tiles are multiples of 64 columns, and no two counts cut alike."""
     counts: dict[int, int] = {}
-    for trips in TRIPS:
+    for trips in trips_wanted:
         size = tile_size(width, trips)
         if size < width:
             counts.setdefault(size, -(-width // size))
@@ -160,15 +166,15 @@ def loop_body(op: Op, weight: Value, packed: Value, transposed: bool, width: int
     """What one tile does: dequantise rows (or columns) of the weight, multiply, put the columns of the result in place."""
     result = op.outputs[0] or ""
     part, tile, matrix = f"{weight.name}_part", "tile", f"{weight.name}_tile"
-    make = Op("make", "run.rows" if transposed else "run.columns", (weight.name, Ref(packed.name), Ref(tile)), outputs=(matrix,))
-    flipped = Op("flip", "aten.t.default", (Ref(matrix),), outputs=(f"{matrix}_t",)) if transposed else None
+    make = Op("make", "run.rows" if transposed else "run.columns", (weight.name, Ref(packed.name), Ref(tile)), outputs=(matrix,), phase="tile")
+    flipped = Op("flip", "aten.t.default", (Ref(matrix),), outputs=(f"{matrix}_t",), phase="tile") if transposed else None
     second = Ref(f"{matrix}_t") if transposed else Ref(matrix)
     take: list[Op] = []
     first = op.args[: MATMULS[op.target]]
     if op.target == "aten.addmm.default":
-        take = [Op("take", "tile.take", (op.args[0], Ref(tile)), outputs=(f"{weight.name}_bias",))]
+        take = [Op("take", "tile.take", (op.args[0], Ref(tile)), outputs=(f"{weight.name}_bias",), phase="tile")]
         first = (Ref(f"{weight.name}_bias"), op.args[1])
-    multiply = Op("multiply", op.target, (*first, second), op.kwargs, outputs=(part,))
-    put = Op("put", "tile.put", (Ref(result), Ref(tile), Ref(part)))
+    multiply = Op("multiply", op.target, (*first, second), op.kwargs, outputs=(part,), phase="tile")
+    put = Op("put", "tile.put", (Ref(result), Ref(tile), Ref(part)), phase="tile")
     ops = [make, *([flipped] if flipped else []), *take, multiply, put]
     return Graph(f"{width}", (), (), tuple(ops), (), inputs_of(op) + (packed.name,), ())

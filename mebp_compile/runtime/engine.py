@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mebp_compile.kernels import cross_entropy
 from mebp_compile.lower.stream import tile_size
 from mebp_compile.quant import dequantise_columns, dequantise_into, dequantise_rows
 from mebp_compile.runtime.activations import ActivationStore
@@ -191,6 +192,12 @@ class Engine:
         """The rows `ids` of a table on disk, dequantised: shape [*ids.shape, columns]. Reads no other row."""
         assert self.weights is not None
         return self.weights.look_up(name, ids, out)
+
+    # --- the tiled loss ---
+
+    cross_entropy_begin = staticmethod(cross_entropy.begin)
+    cross_entropy_tile = staticmethod(cross_entropy.tile)
+    cross_entropy_end = staticmethod(cross_entropy.end)
 
     def tiles(self, width: int, trips: int) -> Iterator[slice]:
         """The tiles of `width` columns in `trips` parts; the last one may be narrower."""

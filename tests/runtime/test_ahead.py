@@ -45,9 +45,10 @@ def test_a_budget_that_only_the_first_call_fits_is_refused_before_it() -> None:
     """The momentum buffers make the later calls need more; nothing has run and no state is left when that is said."""
     model, optimizer, step = momentum_step()
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    first = refusal(optimize(step, 1, effort="fast", cache=False)).smallest_bytes
-    later = refusal(optimize(step, first, effort="fast", cache=False)).smallest_bytes
+    later = refusal(optimize(step, 1, effort="fast", cache=False)).smallest_bytes
+    first = smallest_of_the_first_call(step)
     assert later > first
+    assert refusal(optimize(step, first, effort="fast", cache=False)).smallest_bytes == later
     assert not optimizer.state
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(map(torch.equal, before, model.parameters()))
@@ -56,6 +57,14 @@ def test_a_budget_that_only_the_first_call_fits_is_refused_before_it() -> None:
     compiled = optimize(step, later, effort="fast", cache=False)
     for _ in range(3):
         assert torch.equal(compiled(*BATCH), twin(*BATCH))
+
+
+def smallest_of_the_first_call(step: Step) -> int:
+    """The smallest budget of the program of the first call alone."""
+    compiled = optimize(step, 1, effort="fast", cache=False)
+    with pytest.raises(BudgetInfeasible) as caught:
+        compiled._planned(BATCH, {})
+    return caught.value.smallest_bytes
 
 
 @pytest.mark.parametrize("clear", ["first", "last", "never"])
@@ -76,7 +85,6 @@ def test_later_calls_find_their_program_planned(clear: str, monkeypatch: pytest.
 def test_a_dry_run_refuses_for_the_later_calls_too() -> None:
     """`plan` says no where the second call would."""
     _, optimizer, step = momentum_step()
-    first = refusal(optimize(step, 1, effort="fast", cache=False)).smallest_bytes
     with pytest.raises(BudgetInfeasible):
-        optimize(step, first, effort="fast", cache=False).dry_run(*BATCH)
+        optimize(step, smallest_of_the_first_call(step), effort="fast", cache=False).dry_run(*BATCH)
     assert not optimizer.state

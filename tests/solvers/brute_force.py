@@ -32,7 +32,7 @@ class _Search:
         self.size = [s.size_bytes for s in problem.storages]
         self.room = problem.budget_bytes - problem.constant_bytes
         self.versions, final = used_versions(problem), final_versions(problem)
-        best = [min(c.time_us for c in op.choices) for op in problem.ops]
+        best = [0 if op.optional else min(c.time_us for c in op.choices) for op in problem.ops]
         self.remaining = [sum(best[k:]) for k in range(len(best) + 1)]
         infos = list(enumerate(problem.storages))
         self.memory0 = frozenset((k, 0) for k, s in infos if s.persistent and (k in home or not s.movable))
@@ -70,6 +70,8 @@ class _Search:
         position, last, rerun, memory, disk = state
         yield from self.data_moves(state)
         if position < len(self.problem.ops):
+            if self.problem.ops[position].optional:
+                yield (position + 1, -1, rerun, memory, disk), 0
             for after, time_us in self.runs(position, memory, True):
                 yield (position + 1, -1, rerun, after, disk), time_us
         for op in range(last + 1, position):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from solvers.baselines import keep_all
@@ -86,6 +86,13 @@ def small(seed: int) -> Problem:
     for s in draw.sample(created, min(len(created), draw.randint(0, 2))):
         old_storage = b.storages[s]
         b.storages[s] = Storage(old_storage.name, old_storage.size_bytes, False, old_storage.movable, True)
+    for k, op in enumerate(b.ops):
+        made = [b.storages[s] for s in op.creates]
+        may_be = made and not op.writes and not op.rng and not any(s.output for s in made)
+        written = {s for other in b.ops for s in other.writes}
+        touched = {*op.creates, *(s for choice in op.choices for s in choice.reads)}
+        if may_be and not written & touched and draw.random() < 0.3:
+            b.ops[k] = replace(op, optional=True)
     options = {
         "read_bytes_per_us": 10.0,
         "write_bytes_per_us": 5.0,

@@ -1,0 +1,129 @@
+"""Cross-entropy of a linear head in one walk over tiles of the vocabulary: neither the logits nor their gradient ever exist whole.
+
+With logits z = x W^T, target t_i and the valid rows (t_i != ignore_index), the loss is  sum_i lse(z_i) - z_i,t_i  over them (divided by
+their number for the mean) and its gradient  dx_i = sum_v softmax(z_i)_v W_v - W_t_i. Both come out of one walk, as attention's output does out
+of one walk over the keys (online softmax: Milakov and Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135): for each row a running
+maximum m, sum s = sum_v exp(z_v - m), and pulled = sum_(v != t) exp(z_v - m) W_v, all rescaled when m grows. The target's own column is
+left out of `pulled` and enters as (p_t - 1) W_t with p_t - 1 = expm1(z_t - lse), so that a token that is predicted well keeps a gradient
+of full relative precision.
+
+Tier "reassociate": the same real function. m, s and pulled are fp32; the terms of a tile's product are rounded to the dtype of x, as eager
+rounds the whole gradient of the logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LIBRARY: Any = torch.library.Library("mebp", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define(
+    "linear_cross_entropy(Tensor x, Tensor weight, Tensor target, int reduction, int ignore_index) "
+    "-> (Tensor loss, Tensor count, Tensor direction, Tensor lse)"
+)
+_LIBRARY.define(
+    "head_gradient(Tensor grad, Tensor x, Tensor weight, Tensor target, Tensor lse, Tensor count, int reduction, int ignore_index) -> Tensor"
+)
+MEAN, SUM = 1, 2  # reductions, as aten numbers them
+ROWS = 2048  # of the weight, a tile where it is in memory anyway
+
+
+Sums = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Answer = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, reduction: int, ignore_index: int) -> Answer:
+    """(loss [], number of valid targets [], d loss / d x [tokens, features], log-sum-exp of the logits [tokens]), all fp32.
+
+    x: [tokens, features]; weight: [vocabulary, features] of the same dtype; target: int64 [tokens].
+    """
+    sums = begin(x)
+    for start in range(0, weight.shape[0], ROWS):
+        rows = weight[start : start + ROWS]
+        logits = torch.mm(x, rows.t())
+        tile(logits, rows, target, start, *sums)
+        sums[-1].add_(torch.mm(logits, rows))
+    return end(target, reduction, ignore_index, *sums)
+
+
+def begin(x: Tensor) -> Sums:
+    """The sums of no tile yet: top, total and aim [tokens] in fp32, aimed like x (each target's row of the weight), pulled like x in fp32."""
+    tokens = x.shape[0]
+    top = torch.full((tokens,), -torch.inf, dtype=torch.float32)
+    return top, torch.zeros(tokens), torch.zeros(tokens), torch.zeros_like(x), torch.zeros(x.shape, dtype=torch.float32)
+
+
+def tile(logits: Tensor, rows: Tensor, target: Tensor, start: int, top: Tensor, total: Tensor, aim: Tensor, aimed: Tensor, pulled: Tensor) -> None:
+    """Take in one tile: rows `start` to `start + len(rows)` of the weight and their logits [tokens, rows].
+
+    The logits become exp(logits - top), zero in the target's column; what was summed before is rescaled to the new top.
+    """
+    here = ((target >= start) & (target < start + rows.shape[0])).nonzero().squeeze(1)
+    column = target[here] - start
+    aim[here] = logits[here, column].float()
+    aimed[here] = rows[column]
+    higher = torch.maximum(top, logits.amax(1).float())
+    keep = torch.exp(top - higher)
+    share = torch.sub(logits, higher.unsqueeze(1)).exp_()  # bf16 - fp32 is fp32
+    total.mul_(keep).add_(share.sum(1))
+    pulled.mul_(keep.unsqueeze(1))
+    share[here, column] = 0.0
+    logits.copy_(share)
+    top.copy_(higher)
+
+
+def end(
+    target: Tensor, reduction: int, ignore_index: int, top: Tensor, total: Tensor, aim: Tensor, aimed: Tensor, pulled: Tensor
+) -> Answer:
+    """Loss, number of valid targets, gradient and log-sum-exp from the sums of all tiles. `pulled` becomes the gradient."""
+    lse = top + total.log()
+    valid = target != ignore_index
+    count = valid.sum().float()
+    log_probability = aim - lse
+    loss = -log_probability.where(valid, torch.zeros(())).sum()
+    scale = 1.0 / count if reduction == MEAN else torch.ones(())
+    pulled.div_(total.unsqueeze(1))
+    pulled.addcmul_(aimed, torch.expm1(log_probability).unsqueeze(1))
+    pulled.mul_(torch.where(valid, scale, torch.zeros(())).unsqueeze(1))
+    return loss * scale, count, pulled, lse
+
+
+def head_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor, target: Tensor, lse: Tensor, count: Tensor, reduction: int, ignore_index: int
+) -> Tensor:
+    """d loss / d weight [vocabulary, features], like the weight: a second walk, whose tiles know the final log-sum-exp.
+
+    Each tile's gradient of the logits, (softmax - one_hot(target)) * grad / count, is made from x and the tile's rows, and never kept.
+    """
+    result = torch.empty_like(weight)
+    valid = target != ignore_index
+    scale = torch.where(valid, grad / count if reduction == MEAN else grad, torch.zeros(()))
+    for start in range(0, weight.shape[0], ROWS):
+        rows = weight[start : start + ROWS]
+        logits = torch.mm(x, rows.t())
+        share = torch.sub(logits, lse.unsqueeze(1))
+        here = ((target >= start) & (target < start + rows.shape[0])).nonzero().squeeze(1)
+        column = target[here] - start
+        missing = torch.expm1(share[here, column])
+        share.exp_()
+        share[here, column] = missing
+        logits.copy_(share.mul_(scale.unsqueeze(1)))
+        torch.mm(logits.t(), x, out=result[start : start + ROWS])
+    return result
+
+
+def _answer_shapes(x: Tensor, *_: Any) -> Answer:
+    scalar, tokens = x.new_empty((), dtype=torch.float32), x.new_empty(x.shape[:1], dtype=torch.float32)
+    return scalar, torch.empty_like(scalar), x.new_empty(x.shape, dtype=torch.float32), tokens
+
+
+def _head_shape(grad: Tensor, x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(weight)
+
+
+_LIBRARY.impl("linear_cross_entropy", linear_cross_entropy, "CPU")
+_LIBRARY.impl("linear_cross_entropy", _answer_shapes, "Meta")
+_LIBRARY.impl("head_gradient", head_gradient, "CPU")
+_LIBRARY.impl("head_gradient", _head_shape, "Meta")

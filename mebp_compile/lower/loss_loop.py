@@ -1,0 +1,41 @@
+"""The Loop of a tiled loss whose head is a streamed weight: what one tile of the vocabulary does, one op a line."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mebp_compile.graph import Graph, LoopChoice, Op, Ref, Value
+
+TILED_LOSS = "mebp.linear_cross_entropy.default"
+TRIPS = (8, 16, 32, 64, 128)
+SUMS = ("top", "total", "aim", "aimed", "pulled")
+
+
+def loss_body(op: Op, weight: Value, packed: Value) -> Graph:
+    """Phases: "before" the tiles, "tile" for each of them, "after" them, where the op's own outputs are made."""
+    x, _, target, reduction, ignored = op.args
+    rows, logits, tile = f"{weight.name}_tile", f"{op.name}_logits", Ref("tile")
+    sums = tuple(f"{op.name}_{name}" for name in SUMS)
+    refs = tuple(map(Ref, sums))
+    part = f"{op.name}_part"
+    ops = (
+        Op("begin", "run.cross_entropy_begin", (x,), outputs=sums, phase="before"),
+        Op("make", "run.rows", (weight.name, Ref(packed.name), tile), outputs=(rows,), phase="tile"),
+        Op("flip", "aten.t.default", (Ref(rows),), outputs=(f"{rows}_t",), phase="tile"),
+        Op("multiply", "aten.mm.default", (x, Ref(f"{rows}_t")), outputs=(logits,), phase="tile"),
+        Op("take", "run.cross_entropy_tile", (Ref(logits), Ref(rows), target, Ref("tile.start"), *refs), phase="tile"),
+        Op("pull", "aten.mm.default", (Ref(logits), Ref(rows)), outputs=(part,), phase="tile"),
+        Op("add", "aten.add_.Tensor", (refs[-1], Ref(part)), phase="tile"),
+        Op("end", "run.cross_entropy_end", (target, reduction, ignored, *refs), outputs=op.outputs, phase="after"),
+    )
+    return Graph(f"{weight.shape[0]}", (), (), ops, (), (*(arg.name for arg in (x, target)), packed.name), ())
+
+
+def with_loss_menu(op: Op, weight: Value, packed: Value, record_bytes: int, counts: tuple[int, ...]) -> Op:
+    """The op with its Loops: the packed head in memory, or read from disk tile by tile."""
+    others = tuple(read for read in op.reads if read != weight.storage)
+    menu = (
+        *(LoopChoice(trips, (*others, packed.storage)) for trips in counts),
+        *(LoopChoice(trips, others, disk_bytes=record_bytes) for trips in counts),
+    )
+    return replace(op, menu=menu, body=loss_body(op, weight, packed))

@@ -1,0 +1,20 @@
+"""Passes: fx -> fx, above the line. They may change the arithmetic, each within the numerics tier that it declares.
+
+A pass is one file with `TIER` and `run(module) -> notes`: it rewrites the graph of the module in place and says, a sentence a place, what it did,
+or why a place that it looks for could not be rewritten.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mebp_compile.config import TIERS
+from mebp_compile.passes import tiled_loss
+
+PASSES = (tiled_loss,)
+
+
+def run_passes(module: torch.fx.GraphModule, tier: str) -> list[str]:
+    """Every pass that the tier allows, in order; their notes."""
+    allowed = [step for step in PASSES if TIERS.index(step.TIER) <= TIERS.index(tier)]
+    return [note for step in allowed for note in step.run(module)]
