@@ -115,6 +115,7 @@ class Round:
         self.reruns = _reruns(trace)
         self.run_count = _run_counts(trace, len(tables.reads))
         self.present: dict[int, int] = {}
+        self.options: list[tuple[int, int]] = []
         self.applied = 0
         self.closure_limit = CLOSURE_LIMITS[0]
 
@@ -143,8 +144,9 @@ class Round:
         """Evict at one event, cheapest first, until it is at the target. Prices are refreshed when their turn comes."""
         self.present = self.present_at(event)
         heap: list[tuple[float, int]] = []
+        self.options = self.other_choices(event)
         inside = np.flatnonzero((self.start < event) & (self.end > event) & self.open & ~self.evicted)
-        for candidate in (*inside.tolist(), *(-1 - k for k in self.other_choices(event))):
+        for candidate in (*inside.tolist(), *(-1 - k for k in range(len(self.options)))):
             eviction = self.price(candidate, event)
             if eviction is not None:
                 heap.append((eviction.ratio, candidate))
@@ -172,23 +174,39 @@ class Round:
                 present[storage] = self.tables.version_at(storage, group)
         return present
 
-    def other_choices(self, event: int) -> list[int]:
-        """Choices of the event's op that take less than its present one."""
+    def other_choices(self, event: int) -> list[tuple[int, int]]:
+        """(op, choice): other ways, which take less, of the event's op; and, where it makes what need not be made, of those who read that."""
         if self.trace.kind[event] != RUN:
             return []
         op = self.trace.subject[event]
-        choices = self.tables.problem.ops[op].choices
-        now = self.taken(choices[self.decisions.choice[op]])
-        return [k for k, choice in enumerate(choices) if self.taken(choice) < now]
+        result = [(op, k) for k in self.lighter(op)]
+        if self.tables.problem.ops[op].optional:
+            for segment in np.flatnonzero(self.start == event).tolist():
+                reader, made = self.reader(segment), int(self.storage[segment])
+                result += [(reader, k) for k in self.lighter(reader) if made not in self.choices(reader)[k].reads] if reader >= 0 else []
+        return result
+
+    def reader(self, segment: int) -> int:
+        """The op that runs where the segment ends, or -1."""
+        end = int(self.end[segment])
+        return self.trace.subject[end] if end < len(self.trace.kind) and self.trace.kind[end] == RUN else -1
+
+    def choices(self, op: int) -> tuple[Choice, ...]:
+        return self.tables.problem.ops[op].choices
+
+    def lighter(self, op: int) -> list[int]:
+        """Choices of the op that take less memory than its present one."""
+        now = self.taken(self.choices(op)[self.decisions.choice[op]])
+        return [k for k, choice in enumerate(self.choices(op)) if self.taken(choice) < now]
 
     def taken(self, choice: Choice) -> int:
         """Bytes of a choice's workspace and of what it reads, as far as that can leave memory."""
         return choice.workspace_bytes + sum(self.tables.size[s] for s in choice.reads if not self.tables.pinned[s])
 
     def price(self, candidate: int, event: int) -> Eviction | None:
-        """The best way to evict segment `candidate` (or to take choice -1 - candidate) at the event; None: no way."""
+        """The best way to evict segment `candidate` (or to take option -1 - candidate) at the event; None: no way."""
         if candidate < 0:
-            return self.price_choice(-1 - candidate, event)
+            return self.price_choice(*self.options[-1 - candidate])
         storage = int(self.storage[candidate])
         if self.boundary(candidate, event) is None:
             return None
@@ -207,10 +225,8 @@ class Round:
         group = max(self.group_of(event), first + 1)
         return group if group <= last else None
 
-    def price_choice(self, k: int, event: int) -> Eviction | None:
-        op = self.trace.subject[event]
-        choices = self.tables.problem.ops[op].choices
-        now, other = choices[self.decisions.choice[op]], choices[k]
+    def price_choice(self, op: int, k: int) -> Eviction | None:
+        now, other = self.choices(op)[self.decisions.choice[op]], self.choices(op)[k]
         here = sum(self.tables.size[s] for s in other.reads if s in self.present and s not in now.reads and not self.tables.pinned[s])
         gain = self.taken(now) - self.taken(other) + here
         if gain <= 0:
@@ -307,8 +323,8 @@ class Round:
         self.applied += 1
         self.rates.price_us_per_byte = max(self.rates.price_us_per_byte, eviction.ratio)
         if eviction.how == "choice":
-            op = self.trace.subject[event]
-            self.decisions.choice[op] = -1 - candidate
+            op, k = self.options[-1 - candidate]
+            self.decisions.choice[op] = k
             self.live[event] -= eviction.gain_bytes
             return
         storage, boundary = int(self.storage[candidate]), self.boundary(candidate, event)

@@ -3,11 +3,11 @@
 With logits z = x W^T, target t_i and the valid rows (t_i != ignore_index), the loss is  sum_i lse(z_i) - z_i,t_i  over them (divided by
 their number for the mean) and its gradient  dx_i = sum_v softmax(z_i)_v W_v - W_t_i. Both come out of one walk, as attention's output does out
 of one walk over the keys (online softmax: Milakov and Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135): for each row a running
-maximum m, sum s = sum_v exp(z_v - m), and pulled = sum_(v != t) exp(z_v - m) W_v, all rescaled when m grows. The target's own column is
-left out of `pulled` and enters as (p_t - 1) W_t with p_t - 1 = expm1(z_t - lse), so that a token that is predicted well keeps a gradient
-of full relative precision.
+maximum m, rest = sum_(v != t) exp(z_v - m) and pulled = sum_(v != t) exp(z_v - m) W_v, all rescaled when m grows. The target's own column is
+left out of both, and enters as (p_t - 1) W_t with p_t - 1 = -rest / (rest + exp(z_t - m)), so that a token that is predicted well keeps a
+gradient of full relative precision.
 
-Tier "reassociate": the same real function. m, s and pulled are fp32; the terms of a tile's product are rounded to the dtype of x, as eager
+Tier "reassociate": the same real function. m, rest and pulled are fp32; the terms of a tile's product are rounded to the dtype of x, as eager
 rounds the whole gradient of the logits.
 """
 
@@ -21,10 +21,10 @@ from torch import Tensor
 _LIBRARY: Any = torch.library.Library("mebp", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
     "linear_cross_entropy(Tensor x, Tensor weight, Tensor target, int reduction, int ignore_index) "
-    "-> (Tensor loss, Tensor count, Tensor direction, Tensor lse)"
+    "-> (Tensor loss, Tensor count, Tensor direction, Tensor softmax)"
 )
 _LIBRARY.define(
-    "head_gradient(Tensor grad, Tensor x, Tensor weight, Tensor target, Tensor lse, Tensor count, int reduction, int ignore_index) -> Tensor"
+    "head_gradient(Tensor grad, Tensor x, Tensor weight, Tensor target, Tensor softmax, Tensor count, int reduction, int ignore_index) -> Tensor"
 )
 MEAN, SUM = 1, 2  # reductions, as aten numbers them
 ROWS = 2048  # of the weight, a tile where it is in memory anyway
@@ -35,7 +35,7 @@ Answer = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, reduction: int, ignore_index: int) -> Answer:
-    """(loss [], number of valid targets [], d loss / d x [tokens, features], log-sum-exp of the logits [tokens]), all fp32.
+    """(loss [], number of valid targets [], d loss / d x [tokens, features], softmax [2, tokens]: lse and p_t - 1), all fp32.
 
     x: [tokens, features]; weight: [vocabulary, features] of the same dtype; target: int64 [tokens].
     """
@@ -45,53 +45,62 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, reduction: i
         logits = torch.mm(x, rows.t())
         tile(logits, rows, target, start, *sums)
         sums[-1].add_(torch.mm(logits, rows))
-    return end(target, reduction, ignore_index, *sums)
+    return end(target, weight.shape[0], reduction, ignore_index, *sums)
 
 
 def begin(x: Tensor) -> Sums:
-    """The sums of no tile yet: top, total and aim [tokens] in fp32, aimed like x (each target's row of the weight), pulled like x in fp32."""
-    tokens = x.shape[0]
-    top = torch.full((tokens,), -torch.inf, dtype=torch.float32)
-    return top, torch.zeros(tokens), torch.zeros(tokens), torch.zeros_like(x), torch.zeros(x.shape, dtype=torch.float32)
+    """The sums of no tile yet: top, rest and aim [tokens] in fp32, aimed like x (each target's row of the weight), pulled like x in fp32."""
+    top = torch.full((x.shape[0],), -torch.inf)
+    return top, torch.zeros_like(top), top.clone(), torch.zeros_like(x), torch.zeros(x.shape)
 
 
-def tile(logits: Tensor, rows: Tensor, target: Tensor, start: int, top: Tensor, total: Tensor, aim: Tensor, aimed: Tensor, pulled: Tensor) -> None:
+def tile(logits: Tensor, rows: Tensor, target: Tensor, start: int, top: Tensor, rest: Tensor, aim: Tensor, aimed: Tensor, pulled: Tensor) -> None:
     """Take in one tile: rows `start` to `start + len(rows)` of the weight and their logits [tokens, rows].
 
     The logits become exp(logits - top), zero in the target's column; what was summed before is rescaled to the new top.
     """
-    here = ((target >= start) & (target < start + rows.shape[0])).nonzero().squeeze(1)
-    column = target[here] - start
+    here, column = _targets_in(target, start, rows.shape[0])
     aim[here] = logits[here, column].float()
     aimed[here] = rows[column]
     higher = torch.maximum(top, logits.amax(1).float())
     keep = torch.exp(top - higher)
     share = torch.sub(logits, higher.unsqueeze(1)).exp_()  # bf16 - fp32 is fp32
-    total.mul_(keep).add_(share.sum(1))
-    pulled.mul_(keep.unsqueeze(1))
     share[here, column] = 0.0
+    rest.mul_(keep).add_(share.sum(1))
+    pulled.mul_(keep.unsqueeze(1))
     logits.copy_(share)
     top.copy_(higher)
 
 
+def _targets_in(target: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
+    """The tokens whose target lies in the tile, and its column there."""
+    here = ((target >= start) & (target < start + size)).nonzero().squeeze(1)
+    return here, target[here] - start
+
+
 def end(
-    target: Tensor, reduction: int, ignore_index: int, top: Tensor, total: Tensor, aim: Tensor, aimed: Tensor, pulled: Tensor
+    target: Tensor, vocabulary: int, reduction: int, ignore_index: int, top: Tensor, rest: Tensor, aim: Tensor, aimed: Tensor, pulled: Tensor
 ) -> Answer:
-    """Loss, number of valid targets, gradient and log-sum-exp from the sums of all tiles. `pulled` becomes the gradient."""
-    lse = top + total.log()
+    """The answer of `linear_cross_entropy` from the sums of all tiles. `pulled` becomes the gradient.
+
+    Raises IndexError for a target outside the vocabulary, as torch does.
+    """
     valid = target != ignore_index
+    if bool((valid & ((target < 0) | (target >= vocabulary))).any()):
+        raise IndexError(f"a target is out of bounds: not in 0..{vocabulary - 1} and not {ignore_index}, which is ignored")
+    total = rest + torch.exp(aim - top)
+    lse, missing = top + total.log(), -rest / total
     count = valid.sum().float()
-    log_probability = aim - lse
-    loss = -log_probability.where(valid, torch.zeros(())).sum()
+    loss = (lse - aim).where(valid, torch.zeros(())).sum()
     scale = 1.0 / count if reduction == MEAN else torch.ones(())
     pulled.div_(total.unsqueeze(1))
-    pulled.addcmul_(aimed, torch.expm1(log_probability).unsqueeze(1))
+    pulled.addcmul_(aimed, missing.unsqueeze(1))
     pulled.mul_(torch.where(valid, scale, torch.zeros(())).unsqueeze(1))
-    return loss * scale, count, pulled, lse
+    return loss * scale, count, pulled, torch.stack((lse, missing))
 
 
 def head_gradient(
-    grad: Tensor, x: Tensor, weight: Tensor, target: Tensor, lse: Tensor, count: Tensor, reduction: int, ignore_index: int
+    grad: Tensor, x: Tensor, weight: Tensor, target: Tensor, softmax: Tensor, count: Tensor, reduction: int, ignore_index: int
 ) -> Tensor:
     """d loss / d weight [vocabulary, features], like the weight: a second walk, whose tiles know the final log-sum-exp.
 
@@ -103,20 +112,17 @@ def head_gradient(
     for start in range(0, weight.shape[0], ROWS):
         rows = weight[start : start + ROWS]
         logits = torch.mm(x, rows.t())
-        share = torch.sub(logits, lse.unsqueeze(1))
-        here = ((target >= start) & (target < start + rows.shape[0])).nonzero().squeeze(1)
-        column = target[here] - start
-        missing = torch.expm1(share[here, column])
-        share.exp_()
-        share[here, column] = missing
+        here, column = _targets_in(target, start, rows.shape[0])
+        share = torch.sub(logits, softmax[0].unsqueeze(1)).exp_()
+        share[here, column] = softmax[1, here]
         logits.copy_(share.mul_(scale.unsqueeze(1)))
         torch.mm(logits.t(), x, out=result[start : start + ROWS])
     return result
 
 
 def _answer_shapes(x: Tensor, *_: Any) -> Answer:
-    scalar, tokens = x.new_empty((), dtype=torch.float32), x.new_empty(x.shape[:1], dtype=torch.float32)
-    return scalar, torch.empty_like(scalar), x.new_empty(x.shape, dtype=torch.float32), tokens
+    scalar, softmax = x.new_empty((), dtype=torch.float32), x.new_empty((2, x.shape[0]), dtype=torch.float32)
+    return scalar, torch.empty_like(scalar), x.new_empty(x.shape, dtype=torch.float32), softmax
 
 
 def _head_shape(grad: Tensor, x: Tensor, weight: Tensor, *_: Any) -> Tensor:

@@ -8,7 +8,7 @@ from mebp_compile.graph import Graph, LoopChoice, Op, Ref, Value
 
 TILED_LOSS = "mebp.linear_cross_entropy.default"
 TRIPS = (8, 16, 32, 64, 128)
-SUMS = ("top", "total", "aim", "aimed", "pulled")
+SUMS = ("top", "rest", "aim", "aimed", "pulled")
 
 
 def loss_body(op: Op, weight: Value, packed: Value) -> Graph:
@@ -26,7 +26,7 @@ def loss_body(op: Op, weight: Value, packed: Value) -> Graph:
         Op("take", "run.cross_entropy_tile", (Ref(logits), Ref(rows), target, Ref("tile.start"), *refs), phase="tile"),
         Op("pull", "aten.mm.default", (Ref(logits), Ref(rows)), outputs=(part,), phase="tile"),
         Op("add", "aten.add_.Tensor", (refs[-1], Ref(part)), phase="tile"),
-        Op("end", "run.cross_entropy_end", (target, reduction, ignored, *refs), outputs=op.outputs, phase="after"),
+        Op("end", "run.cross_entropy_end", (target, weight.shape[0], reduction, ignored, *refs), outputs=op.outputs, phase="after"),
     )
     return Graph(f"{weight.shape[0]}", (), (), ops, (), (*(arg.name for arg in (x, target)), packed.name), ())
 

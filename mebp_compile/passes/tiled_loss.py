@@ -2,7 +2,7 @@
 
     logits = mm(x, W^T);  log_softmax;  nll_loss;  ...;  nll_loss_backward;  log_softmax_backward;  dx = mm(dlogits, W);  dW = mm(dlogits^T, x)
 
-becomes  loss, count, direction, lse = linear_cross_entropy(x, W, target);  ...;  dx = direction * dloss;  dW = head_gradient(...),  for which
+becomes  loss, count, direction, softmax = linear_cross_entropy(x, W, target);  ...;  dx = direction * dloss;  dW = head_gradient(...),  for which
 neither the logits nor their gradient exist whole (see `kernels.cross_entropy`). Views and casts in between are followed. The loss must be the
 only one that looks at the logits.
 """
@@ -137,7 +137,7 @@ def _rewrite(graph: torch.fx.Graph, loss: _Loss) -> None:
     x, target, reduction, ignored = loss.head.args[0], loss.nll.args[1], *loss.nll.args[3:5]
     with graph.inserting_before(loss.nll):
         made = _new(graph, mebp.linear_cross_entropy.default, (x, loss.weight, target, reduction, ignored), loss.head)
-        value, count, direction, lse = (_new(graph, operator.getitem, (made, index), loss.head) for index in range(4))
+        value, count, direction, softmax = (_new(graph, operator.getitem, (made, index), loss.head) for index in range(4))
     for user in [user for user in loss.nll.users if user.target is operator.getitem]:
         user.replace_all_uses_with(value if user.args[1] == 0 else count)
     if loss.backward is not None:
@@ -149,7 +149,7 @@ def _rewrite(graph: torch.fx.Graph, loss: _Loss) -> None:
             node.replace_all_uses_with(cast)
         for node in loss.to_weight:
             with graph.inserting_before(node):
-                args = (scale, x, loss.weight, target, lse, count, reduction, ignored)
+                args = (scale, x, loss.weight, target, softmax, count, reduction, ignored)
                 node.replace_all_uses_with(_new(graph, mebp.head_gradient.default, args, node))
     _erase(graph, {*loss.inside, *loss.to_input, *loss.to_weight, *(user for user in loss.nll.users)})
 
