@@ -6,6 +6,7 @@
     mebp why step/ layers_3_mlp_up_proj_mm
     mebp show step/ timeline.html
     mebp check step/
+    mebp bench --model qwen2.5-0.5b --weights int4 --optimizer sgd --budgets 32MB,64MB,320MB --data notes.txt --out bench/
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mebp_compile.artifacts import check_artifacts, load_artifacts, save_artifacts
-from mebp_compile.config import SCHEMES
+from mebp_compile.config import SCHEMES, TIERS, parse_budget
 from mebp_compile.errors import MebpError, OptionError
 from mebp_compile.explain import explain, summary, why
 from mebp_compile.progress import Progress
 from mebp_compile.viz import write
+
+PEERS = ("eager", "checkpointing", "schedule:per_layer", "mezo")
 
 if TYPE_CHECKING:
     from mebp_compile.finetune import Settings, Training
@@ -52,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     _add_plan(commands.add_parser("plan", help="plan a LoRA fine-tuning step: will it fit, how fast, what it does"))
     _add_train(commands.add_parser("train", help="fine-tune with LoRA inside the budget"))
+    _add_bench(commands.add_parser("bench", help="measure this package and its peers side by side on this machine"))
     _add_readers(commands)
     return top
 
@@ -77,7 +81,6 @@ def _add_readers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _add_shared(item: argparse.ArgumentParser) -> None:
     item.add_argument("--model", required=True, help="a checkpoint folder, or qwen2.5-0.5b or tiny-qwen2 with random weights")
-    item.add_argument("--budget", required=True, help='such as "512MB" (10^6) or "1GiB" (2^30)')
     item.add_argument("--sequence", type=int, default=256, help="tokens of a sequence (256)")
     item.add_argument("--batch", type=int, default=1, help="sequences of a batch (1)")
     item.add_argument("--lora-rank", type=int, default=8)
@@ -86,6 +89,7 @@ def _add_shared(item: argparse.ArgumentParser) -> None:
     item.add_argument("--weights", choices=SCHEMES, help="quantise the frozen weights and read them from disk")
     item.add_argument("--store", type=Path, help="folder of the quantised weights (made if it does not exist)")
     item.add_argument("--offload", type=Path, metavar="DIR", help="folder on disk for activations")
+    item.add_argument("--numerics", choices=TIERS, default="exact", help='"reassociate" allows the tiled loss (exact)')
     item.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     item.add_argument("--effort", choices=("fast", "balanced", "proof"), default="balanced")
     item.add_argument("--time-limit", type=float, default=20.0, metavar="SECONDS", help="of the solver (20)")
@@ -94,12 +98,27 @@ def _add_shared(item: argparse.ArgumentParser) -> None:
     item.add_argument("--quiet", action="store_true", help="no progress")
 
 
+def _add_budget(item: argparse.ArgumentParser) -> None:
+    item.add_argument("--budget", required=True, help='such as "512MB" (10^6) or "1GiB" (2^30)')
+
+
+def _add_bench(item: argparse.ArgumentParser) -> None:
+    _add_shared(item)
+    item.add_argument("--budgets", required=True, help="of our rows, with commas between: 32MB,64MB,320MB")
+    item.add_argument("--peers", default=",".join(PEERS), help=f"with commas between ({','.join(PEERS)})")
+    item.add_argument("--data", type=Path, required=True, help="a text file")
+    item.add_argument("--rounds", type=int, default=5, help="timed steps of each, taken in turn (5)")
+    item.set_defaults(command=_bench, numerics="reassociate", budget="1GB")
+
+
 def _add_plan(item: argparse.ArgumentParser) -> None:
+    _add_budget(item)
     _add_shared(item)
     item.set_defaults(command=_plan)
 
 
 def _add_train(item: argparse.ArgumentParser) -> None:
+    _add_budget(item)
     _add_shared(item)
     item.add_argument("--data", type=Path, required=True, help="a text file, or .jsonl with text, prompt and completion, or messages")
     item.add_argument("--steps", type=int, required=True)
@@ -148,6 +167,29 @@ def _train(args: argparse.Namespace) -> None:
         print(f"adapter {args.adapter_out}")
 
 
+def _bench(args: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from mebp_compile.bench import Contestant, race, table, write_plot
+
+    if args.rounds < 1:
+        raise OptionError(f"--rounds is {args.rounds}", "give a positive number")
+    if not args.data.is_file():
+        raise OptionError(f"there is no data file {args.data}", "give a UTF-8 text file")
+    settings = _settings(args)
+    for budget in args.budgets.split(","):
+        parse_budget(budget)
+    rows = [Contestant(f"ours, {budget}", "ours", replace(settings, budget=budget)) for budget in args.budgets.split(",")]
+    rows += [Contestant(kind, kind, settings) for kind in args.peers.split(",") if kind]
+    results = race(rows, args.rounds, args.data, Progress(args.quiet))
+    text = table(results)
+    print(text)
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "bench.txt").write_text(text + "\n")
+        print(write_plot(results, args.out / "bench.svg"))
+
+
 def _prepare(args: argparse.Namespace, settings: Settings, progress: Progress) -> Training:
     """Model and planned step, with the summary printed and the artifacts saved."""
     from mebp_compile.finetune import prepare
@@ -167,7 +209,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     return Settings(
         model=args.model, budget=args.budget, sequence=args.sequence, batch=args.batch, lora_rank=args.lora_rank, optimizer=args.optimizer,
         lr=args.lr, weights=args.weights, offload=args.offload, store=args.store, dtype=args.dtype, effort=args.effort,
-        time_limit_s=args.time_limit, seed=args.seed,
+        time_limit_s=args.time_limit, seed=args.seed, numerics=args.numerics,
     )  # fmt: skip
 
 

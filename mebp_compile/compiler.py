@@ -50,6 +50,7 @@ def optimize(
     grads: str = "keep",
     effort: str = "balanced",
     time_limit_s: float = 20.0,
+    solver: str | None = None,
     cache: bool = True,
     progress: Progress | None = None,
 ) -> CompiledStep:
@@ -57,14 +58,16 @@ def optimize(
 
     `step_fn` does forward, backward and update in any order; its modules and optimizers are found in its closure or named in `state`. It is
     captured at the first call, or now if `example` gives a batch. `weights` names a scheme for the frozen weights ("int4", "nf4", "int8"), or is
-    a WeightStore that has them; `offload` is a folder on a disk for activations and state. `progress` is told what is going on.
+    a WeightStore that has them; `offload` is a folder on a disk for activations and state. `numerics` is the tier that
+    passes may use: "reassociate" allows the tiled loss. `solver` names a fixed schedule to compare with ("keep_all", "per_layer",
+    "recompute_all"). `progress` is told what is going on.
     Raises BudgetError, OptionError, CaptureError, StoreError, and BudgetInfeasible with the smallest budget found.
     """
     if not callable(step_fn):
         raise OptionError(
             f"step_fn is a {type(step_fn).__name__}, not a callable", "pass the function that does forward, backward and update"
         )
-    options = Options(parse_budget(budget), Path(offload) if offload is not None else None, numerics, grads, effort, time_limit_s, cache)
+    options = Options(parse_budget(budget), Path(offload) if offload is not None else None, numerics, grads, effort, time_limit_s, cache, solver)
     found = find_state(step_fn, state)
     step = CompiledStep(step_fn, found, options, bind_weights(found, weights, options.offload_dir), progress)
     if example is not None:
@@ -98,7 +101,7 @@ def build(
         f'grads="drop" (frees {kept_bytes:,} bytes of .grad that the next zero_grad would discard)' if kept_bytes and traced.cleared else ""
     )
     try:
-        solved = make_plan(graph, problem, options.effort, options.time_limit_s, advice=saves, tell=tell)
+        solved = make_plan(graph, problem, options.effort, options.time_limit_s, advice=saves, tell=tell, solver=options.solver)
     except BudgetInfeasible as error:
         error.refused = (contract_of(traced), graph)
         raise

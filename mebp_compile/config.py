@@ -12,6 +12,7 @@ from mebp_compile.errors import BudgetError, OptionError
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 TIERS = ("exact", "reassociate", "approximate")
+SOLVERS = ("keep_all", "per_layer", "recompute_all")  # fixed schedules to compare with; None searches
 SCHEMES = ("int4", "nf4", "int8")
 BUDGET_FIX = 'give bytes or a string such as "256MB" (10^6) or "1GiB" (2^30)'
 
@@ -44,11 +45,14 @@ class Options:
     effort: str = "balanced"
     time_limit_s: float = 20.0
     cache: bool = True
+    solver: str | None = None
 
     def __post_init__(self) -> None:
         _one_of("numerics", self.numerics, TIERS)
         _one_of("grads", self.grads, ("keep", "drop"))
         _one_of("effort", self.effort, ("fast", "balanced", "proof"))
+        if self.solver is not None:
+            _one_of("solver", self.solver, SOLVERS)
         if str(self.offload_dir) == "host":
             raise OptionError('offload="host" needs an accelerator, and this version runs on the CPU', "give a folder on a disk")
         if not (math.isfinite(self.time_limit_s) and self.time_limit_s > 0):

@@ -61,6 +61,7 @@ class Settings:
     time_limit_s: float = 20.0
     seed: int = 0
     numerics: str = "exact"
+    solver: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("sequence", "batch", "lora_rank"):
@@ -238,7 +239,7 @@ def _optimize(
     step_fn: Callable[..., Any], settings: Settings, store: WeightStore | None, say: Callable[[str], None] | None
 ) -> CompiledStep:
     return optimize(
-        step_fn, settings.budget, weights=store, offload=settings.offload, numerics=settings.numerics,
+        step_fn, settings.budget, weights=store, offload=settings.offload, numerics=settings.numerics, solver=settings.solver,
         effort=settings.effort, time_limit_s=settings.time_limit_s, progress=say,
     )  # fmt: skip
 

@@ -17,8 +17,8 @@ from mebp_compile.errors import BudgetInfeasible, GraphError
 from mebp_compile.graph import PERSISTENT, Graph, Op, Value
 from mebp_compile.overhead import charged_sizes, constant_overhead
 from mebp_compile.place import Placement, lives, place_under
-from solvers import Problem, Report, Schedule, Solution
-from solvers.baselines import keep_all
+from solvers import Problem, Report, Schedule, Solution, baselines
+from solvers.bounds import roofline_us, working_set
 
 # With more than this left to the allocator in a step, page faults cost more than the recompute and transfers of a slightly smaller budget.
 MUCH_TRAFFIC_BYTES = 1 << 30
@@ -174,25 +174,27 @@ def make_plan(
     hints: Sequence[Schedule] = (),
     advice: str = "",
     tell: Callable[[str], None] | None = None,
+    solver: str | None = None,
 ) -> Plan:
-    """Solve, check, place. `hints`: schedules of smaller budgets, than which the plan is never slower.
+    """Solve, check, place. `hints`: schedules of smaller budgets, than which the plan is never slower. `solver` names a fixed schedule of
+    `solvers.baselines` instead, whatever the effort.
 
     Raises BudgetInfeasible, naming the smallest budget found, its lower bound and the op that binds.
     """
     started = time.monotonic()
     try:
-        solution = _solved(problem, effort, time_limit_s, hints, tell)
+        solution = _fixed(problem, solver) if solver else _solved(problem, effort, time_limit_s, hints, tell)
     except solvers.Infeasible as error:
         raise _refusal(graph, problem, error, advice) from None
     placement = place_under(graph, problem, solution.schedule)
     traffic = traffic_bytes(graph, problem, solution.schedule, placement)
-    if traffic > MUCH_TRAFFIC_BYTES:
+    if traffic > MUCH_TRAFFIC_BYTES and not solver:
         solution, placement = _with_room(graph, problem, solution, placement, traffic, effort, time_limit_s, tell)
     report = solvers.replay(problem, solution.schedule)
     if placement.peak_bytes > problem.budget_bytes:
         message = f"the placement needs {placement.peak_bytes:,} bytes, the budget is {problem.budget_bytes:,}"
         raise GraphError(message, "report this problem: `step.save` writes it")
-    everything = solvers.replay(problem, keep_all(problem), enforce_budget=False)
+    everything = solvers.replay(problem, baselines.keep_all(problem), enforce_budget=False)
     return Plan(
         problem=problem,
         schedule=solution.schedule,
@@ -206,6 +208,16 @@ def make_plan(
         method=solution.method,
         solve_seconds=time.monotonic() - started,
     )
+
+
+def _fixed(problem: Problem, solver: str) -> solvers.Solution:
+    """A schedule that is the same whatever the budget. Raises Infeasible where it needs more."""
+    schedule: Schedule = getattr(baselines, solver)(problem)
+    report = solvers.replay(problem, schedule, enforce_budget=False)
+    if report.peak_bytes > problem.budget_bytes:
+        raise solvers.Infeasible(report.peak_bytes, *working_set(problem))
+    bound = roofline_us(problem)
+    return solvers.Solution(schedule, report, bound, report.time_us / bound - 1 if bound else 0.0, solver)
 
 
 def traffic_bytes(graph: Graph, problem: Problem, schedule: Schedule, placement: Placement) -> int:

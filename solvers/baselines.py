@@ -8,7 +8,7 @@ from solvers.check import replay
 from solvers.decode import Decisions, DecodeError, Tables
 from solvers.emit import emit, synchronous
 from solvers.evict import State
-from solvers.greedy import descend, evaluate
+from solvers.greedy import descend, evaluate, first_decisions
 from solvers.problem import Problem
 from solvers.schedule import Schedule
 
@@ -29,14 +29,16 @@ def keep_all(problem: Problem) -> Schedule:
 
 def per_layer(problem: Problem) -> Schedule:
     """Only what passes from layer to layer is kept from the forward; the interior of a layer is recomputed when its
-    backward begins (memory-efficient backpropagation). What can't be recomputed is kept."""
+    backward begins; frozen weights are read from disk where they are used, each op runs in its fastest way
+    (memory-efficient backpropagation, arXiv 2510.03425). What can't be recomputed is kept."""
     layers = [layer_of(op.module) for op in problem.ops]
     kept: set[int] = set()
     created_in = {s: layers[k] for k, op in enumerate(problem.ops) for s in op.creates}
     for k, op in enumerate(problem.ops[: _border(problem)]):
         kept.update(s for choice in op.choices for s in choice.reads if created_in.get(s, "") != layers[k])
     inner = [s for s, layer in created_in.items() if layer and s not in kept]
-    return _cut_at_border(problem, inner)
+    made_at_will = [s for op in problem.ops if op.optional for s in op.creates]
+    return _cut_at_border(problem, [*inner, *made_at_will], stream=True)
 
 
 def recompute_all(problem: Problem) -> Schedule:
@@ -62,12 +64,17 @@ def _border(problem: Problem) -> int:
     return next((k for k, op in enumerate(problem.ops) if op.phase == "backward"), len(problem.ops))
 
 
-def _cut_at_border(problem: Problem, storages: list[int]) -> Schedule:
-    """Cut the storages where the backward begins, except those that turn out not to be recomputable."""
+def _cut_at_border(problem: Problem, storages: list[int], stream: bool = False) -> Schedule:
+    """Cut the storages where the backward begins, except those that turn out not to be recomputable. stream: what no op
+    writes has its home on disk and is read at each of the two uses."""
     tables, border = Tables(problem), _border(problem)
     cut = dict.fromkeys(storages)
+    choice, frozen = [0] * len(problem.ops), set[int]()
+    if stream:
+        choice = first_decisions(tables).choice
+        frozen = {s for s, may in enumerate(tables.may_leave) if may and s not in tables.written}
     while True:
-        decisions = Decisions([0] * len(problem.ops), {storage: [border] for storage in cut})
+        decisions = Decisions(list(choice), {storage: [border] for storage in (*cut, *frozen)}, away=set(frozen))
         try:
             return _schedule(tables, evaluate(tables, decisions))
         except DecodeError as error:
