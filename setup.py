@@ -12,6 +12,7 @@ from setuptools.command.build_ext import build_ext
 FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=off", "-Wall", "-Wextra"]
 LIBRARIES = {  # shared library: (C source, libraries to link)
     "mebp_compile.quant._dequantise": ("mebp_compile/quant/kernels/dequantise.c", []),
+    "mebp_compile.kernels._cross_entropy": ("mebp_compile/kernels/cross_entropy.c", ["m"]),
     "mebp_compile.measure._malloc_meter": ("mebp_compile/measure/malloc_meter.c", ["dl", "pthread"]),
 }
 

@@ -24,7 +24,7 @@ from mebp_compile.errors import BudgetInfeasible, MebpError, OptionError, StepPo
 from mebp_compile.graph import Graph
 from mebp_compile.lower import drop_gradients, lower
 from mebp_compile.lower.stream import stream_weights
-from mebp_compile.passes import run_passes
+from mebp_compile.passes import better_tier, run_passes
 from mebp_compile.planning import Plan, build_problem, make_plan
 from mebp_compile.runtime.ahead import state_after
 from mebp_compile.runtime.bind import Streamed, bind_weights
@@ -87,6 +87,7 @@ def build(
     records = streamed.records if streamed else {}
     tell("capturing the step")
     traced = capture(step_fn, state, *batch)
+    higher = better_tier(traced.module, options.numerics)
     for note in run_passes(traced.module, options.numerics):
         tell(note)
     graph = lower(traced)
@@ -100,8 +101,9 @@ def build(
     saves = (
         f'grads="drop" (frees {kept_bytes:,} bytes of .grad that the next zero_grad would discard)' if kept_bytes and traced.cleared else ""
     )
+    advice = ", ".join(filter(None, (saves, higher)))
     try:
-        solved = make_plan(graph, problem, options.effort, options.time_limit_s, advice=saves, tell=tell, solver=options.solver)
+        solved = make_plan(graph, problem, options.effort, options.time_limit_s, advice=advice, tell=tell, solver=options.solver)
     except BudgetInfeasible as error:
         error.refused = (contract_of(traced), graph)
         raise

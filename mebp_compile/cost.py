@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from mebp_compile import kernels, quant
 from mebp_compile.config import Options, cache_dir
 from mebp_compile.errors import CacheError
 from mebp_compile.graph import Arg, Const, Graph, LoopChoice, Op, Ref, Value, inputs_of
@@ -146,7 +147,12 @@ def _priced(graph: Graph, op: Op, requests: dict[int, tuple[Json, Json | None]],
 def fingerprint() -> Json:
     """All that a measured time depends on."""
     model = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-    return {"cpu": model, "cores": os.cpu_count(), "torch": torch.__version__, "threads": torch.get_num_threads(), "format": 2}
+    return {"cpu": model, "cores": os.cpu_count(), "torch": torch.__version__, "threads": torch.get_num_threads(), "kernels": _kernels(), "format": 3}
+
+
+def _kernels() -> list[bool]:
+    """Which of the C libraries are built: without one its ops take another time."""
+    return [quant.native.library() is not None, kernels.native.library() is not None]
 
 
 def _lines(path: str) -> list[str]:

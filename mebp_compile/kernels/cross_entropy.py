@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mebp_compile.kernels import native
+
 _LIBRARY: Any = torch.library.Library("mebp", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
     "linear_cross_entropy(Tensor x, Tensor weight, Tensor target, int reduction, int ignore_index) "
@@ -60,8 +62,11 @@ def tile(logits: Tensor, rows: Tensor, target: Tensor, start: int, top: Tensor, 
     The logits become exp(logits - top), zero in the target's column; what was summed before is rescaled to the new top.
     """
     here, column = _targets_in(target, start, rows.shape[0])
-    aim[here] = logits[here, column].float()
     aimed[here] = rows[column]
+    if native.takes(logits):
+        pulled.mul_(native.cross_entropy_tile(logits, target - start, top, rest, aim).unsqueeze(1))
+        return
+    aim[here] = logits[here, column].float()
     higher = torch.maximum(top, logits.amax(1).float())
     keep = torch.exp(top - higher)
     share = torch.sub(logits, higher.unsqueeze(1)).exp_()  # bf16 - fp32 is fp32

@@ -1,7 +1,7 @@
 """Passes: fx -> fx, above the line. They may change the arithmetic, each within the numerics tier that it declares.
 
-A pass is one file with `TIER` and `run(module) -> notes`: it rewrites the graph of the module in place and says, a sentence a place, what it did,
-or why a place that it looks for could not be rewritten.
+A pass is one file with `TIER`, `run(module) -> notes`, which rewrites the graph of the module in place and says, a sentence a place, what it did or
+why a place that it looks for could not be rewritten, and `applies(module)`, which tells without changing anything whether it would.
 """
 
 from __future__ import annotations
@@ -12,6 +12,12 @@ from mebp_compile.config import TIERS
 from mebp_compile.passes import tiled_loss
 
 PASSES = (tiled_loss,)
+
+
+def better_tier(module: torch.fx.GraphModule, tier: str) -> str:
+    """What to ask for so that more passes apply, as advice; empty if none would."""
+    above = [step for step in PASSES if TIERS.index(step.TIER) > TIERS.index(tier) and step.applies(module)]
+    return ", ".join(f'numerics="{step.TIER}" ({step.__name__.rpartition(".")[2]})' for step in above)
 
 
 def run_passes(module: torch.fx.GraphModule, tier: str) -> list[str]:

@@ -65,6 +65,17 @@ def run(module: torch.fx.GraphModule) -> list[str]:
     return notes
 
 
+def applies(module: torch.fx.GraphModule) -> bool:
+    """Whether there is a loss that can be tiled."""
+    for node in module.graph.find_nodes(op="call_function", target=aten.nll_loss_forward.default):
+        try:
+            _match(node)
+        except _NotHere:
+            continue
+        return True
+    return False
+
+
 def _match(nll: Node) -> _Loss:
     softmax, _, class_weights = nll.args[:3]
     if class_weights is not None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mebp_compile.kernels import cross_entropy
+from mebp_compile.kernels import cross_entropy, native
 from mebp_compile.kernels.cross_entropy import MEAN, SUM, head_gradient, linear_cross_entropy
 
 TOKENS, FEATURES, VOCABULARY = 24, 64, 500
@@ -56,6 +56,16 @@ def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int
     """Rows of a tile: even, with a remainder, one tile, more than there are."""
     monkeypatch.setattr(cross_entropy, "ROWS", request.param)
     return int(request.param)
+
+
+@pytest.fixture(params=["native", "torch"], autouse=True)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The C kernel, and the torch code that runs without a compiler."""
+    if request.param == "native" and native.library() is None:
+        pytest.skip("the cross-entropy kernel is not built (no compiler)")
+    if request.param == "torch":
+        monkeypatch.setattr(native, "takes", lambda logits: False)
+    return str(request.param)
 
 
 @pytest.mark.usefixtures("rows")
@@ -115,3 +125,30 @@ def test_traced_shapes_are_the_real_ones() -> None:
     real = torch.ops.mebp.linear_cross_entropy(x, weight, target, MEAN, -100)
     meta = torch.ops.mebp.linear_cross_entropy(x.to("meta"), weight.to("meta"), target.to("meta"), MEAN, -100)
     assert [(a.shape, a.dtype) for a in real] == [(a.shape, a.dtype) for a in meta]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [1, 15, 16, 17, 100])
+def test_the_kernel_is_its_twin(dtype: torch.dtype, columns: int, path: str) -> None:
+    """One tile, target inside or not, a first tile or a later one: within rounding of float64, NaN and infinities as in torch."""
+    draw = torch.Generator().manual_seed(columns)
+    logits = (8 * torch.randn(6, columns, generator=draw)).to(dtype)
+    logits[2] = -torch.inf
+    logits[3, 0] = torch.nan
+    rows, target = torch.zeros(columns, 4, dtype=dtype), torch.tensor([0, columns - 1, -100, 0, columns, 0])
+    top, rest, aim, aimed, pulled = cross_entropy.begin(torch.zeros(6, 4, dtype=dtype))
+    top[4:], rest[4:], pulled[:] = 30.0, 2.0, 1.0
+    want = logits.double()
+    own = torch.zeros_like(want, dtype=torch.bool)
+    own[[0, 1, 3, 5], [0, columns - 1, 0, 0]] = True
+    cross_entropy.tile(logits, rows, target, 0, top, rest, aim, aimed, pulled)
+    regular = [0, 1, 4, 5]
+    higher = torch.maximum(want.amax(1), torch.tensor([-torch.inf] * 4 + [30.0] * 2, dtype=torch.float64))
+    share = torch.exp(want - higher[:, None]).masked_fill(own, 0.0)
+    keep = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 1.0], dtype=torch.float64) * torch.exp(30.0 - higher)
+    assert torch.allclose(top.double()[regular], higher[regular])
+    assert torch.allclose(rest.double()[regular], (share.sum(1) + 2.0 * keep)[regular], rtol=1e-5, atol=1e-30)
+    assert torch.allclose(logits.double()[regular], share[regular], rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-35)
+    assert torch.allclose(aim[[0, 1, 5]].double(), want[own][[0, 1, 3]])
+    assert torch.equal(pulled[regular, 0].double(), keep[regular])
+    assert torch.isnan(logits[3, 1:]).sum() == 0 if columns == 1 else not torch.isfinite(rest[3]) or torch.isnan(aim[3])

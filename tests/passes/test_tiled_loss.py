@@ -14,6 +14,7 @@ from torch import nn
 
 from mebp_compile.capture import capture, find_state
 from mebp_compile.compiler import optimize
+from mebp_compile.errors import BudgetInfeasible
 from mebp_compile.passes import run_passes
 
 
@@ -87,6 +88,17 @@ def test_what_is_not_recognised_is_named(loss: Any, bias: bool, reason: str) -> 
     assert len(notes) == 1
     assert reason in notes[0]
     assert not [op for op in ops if op.startswith("mebp")]
+
+
+def test_a_refusal_names_the_tier_that_needs_less() -> None:
+    """At the exact tier the advice is the tier of a pass that would apply; above it, or where none would, nothing of the kind is said."""
+    with pytest.raises(BudgetInfeasible, match=r'numerics="reassociate" \(tiled_loss\)'):
+        optimize(Recipe("qwen2").build().step, 1, example=Recipe("qwen2").batch(0), effort="fast", cache=False)
+    for options in ({"numerics": "reassociate"}, {}):
+        recipe = Recipe("qwen2", returns="loss" if options else "output")
+        with pytest.raises(BudgetInfeasible) as caught:
+            optimize(recipe.build().step, 1, example=recipe.batch(0), effort="fast", cache=False, **options)
+        assert "numerics" not in str(caught.value)
 
 
 def differences(own: Training, other: Training) -> float:
