@@ -54,9 +54,10 @@ def _itemsize(graph: Graph, name: str) -> int:
 def _loss_tile(graph: Graph, op: Op, trips: int) -> Json:
     """The whole op on a head of one tile's rows; x and the targets are its real ones."""
     x, weight = graph.value[op.args[0].name], graph.value[op.args[1].name]
-    head = {"shape": [tile_size(weight.shape[0], trips), weight.shape[1]], "dtype": weight.dtype}
+    size = tile_size(weight.shape[0], trips)
+    head = {"shape": [size, weight.shape[1]], "dtype": weight.dtype}
     target = {"shape": [x.shape[0]], "dtype": "int64", "fill": "index:2"}
-    args = [{"tensor": {"shape": list(x.shape), "dtype": x.dtype}}, {"tensor": head}, {"tensor": target}, *op.args[3:]]
+    args = [{"tensor": {"shape": list(x.shape), "dtype": x.dtype}}, {"tensor": head}, {"tensor": target}, *op.args[3:5], size]
     return {"target": op.target, "args": args, "kwargs": {}}
 
 

@@ -29,11 +29,13 @@ Ints = NDArray[np.int64]
 @dataclass(frozen=True)
 class Placement:
     """offsets: arena offset of a storage by (step that makes it, storage). peak_bytes: arena + allocator + workspace + constant at the
-    worst step."""
+    worst step. heap_bytes: what a step takes from the allocator and gives back to it, at the worst step: workspaces, and storages that are
+    made in the step and don't lie in the arena."""
 
     offsets: dict[tuple[int, int], int]
     arena_bytes: int
     peak_bytes: int
+    heap_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,9 @@ def place_under(graph: Graph, problem: Problem, schedule: Schedule) -> Placement
     placed = set(map(id, best.lives))
     footprint = fixed + best.arena_bytes + _allocated([life for life in eligible if id(life) not in placed], steps)
     offsets = {(life.start, life.storage): offset for life, offset in zip(best.lives, best.offsets, strict=True)}
-    return Placement(offsets, best.arena_bytes, int(footprint.max(initial=0)))
+    passing = [life for life in every if life.start >= 0 and id(life) not in placed]
+    heap = _profile(passing, steps) + workspace_profile(problem, schedule)
+    return Placement(offsets, best.arena_bytes, int(footprint.max(initial=0)), int(heap.max(initial=0)))
 
 
 @dataclass(frozen=True)

@@ -22,31 +22,32 @@ from mebp_compile.kernels import native
 
 _LIBRARY: Any = torch.library.Library("mebp", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
-    "linear_cross_entropy(Tensor x, Tensor weight, Tensor target, int reduction, int ignore_index) "
+    "linear_cross_entropy(Tensor x, Tensor weight, Tensor target, int reduction, int ignore_index, int rows) "
     "-> (Tensor loss, Tensor count, Tensor direction, Tensor softmax)"
 )
 _LIBRARY.define(
-    "head_gradient(Tensor grad, Tensor x, Tensor weight, Tensor target, Tensor softmax, Tensor count, int reduction, int ignore_index) -> Tensor"
+    "head_gradient(Tensor grad, Tensor x, Tensor weight, Tensor target, Tensor softmax, Tensor count, int reduction, int ignore_index, int rows) "
+    "-> Tensor"
 )
 MEAN, SUM = 1, 2  # reductions, as aten numbers them
-ROWS = 2048  # of the weight, a tile where it is in memory anyway
+ROWS = 2048  # of the weight in a tile, where it is in memory anyway
 
 
 Sums = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Answer = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, reduction: int, ignore_index: int) -> Answer:
+def linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, reduction: int, ignore_index: int, rows: int = ROWS) -> Answer:
     """(loss [], number of valid targets [], d loss / d x [tokens, features], softmax [2, tokens]: lse and p_t - 1), all fp32.
 
-    x: [tokens, features]; weight: [vocabulary, features] of the same dtype; target: int64 [tokens].
+    x: [tokens, features]; weight: [vocabulary, features] of the same dtype; target: int64 [tokens]; rows: of the weight, in a tile.
     """
     sums = begin(x)
-    for start in range(0, weight.shape[0], ROWS):
-        rows = weight[start : start + ROWS]
-        logits = torch.mm(x, rows.t())
-        tile(logits, rows, target, start, *sums)
-        sums[-1].add_(torch.mm(logits, rows))
+    for start in range(0, weight.shape[0], rows):
+        part = weight[start : start + rows]
+        logits = torch.mm(x, part.t())
+        tile(logits, part, target, start, *sums)
+        sums[-1].add_(torch.mm(logits, part))
     return end(target, weight.shape[0], reduction, ignore_index, *sums)
 
 
@@ -105,7 +106,7 @@ def end(
 
 
 def head_gradient(
-    grad: Tensor, x: Tensor, weight: Tensor, target: Tensor, softmax: Tensor, count: Tensor, reduction: int, ignore_index: int
+    grad: Tensor, x: Tensor, weight: Tensor, target: Tensor, softmax: Tensor, count: Tensor, reduction: int, ignore_index: int, rows: int = ROWS
 ) -> Tensor:
     """d loss / d weight [vocabulary, features], like the weight: a second walk, whose tiles know the final log-sum-exp.
 
@@ -114,14 +115,14 @@ def head_gradient(
     result = torch.empty_like(weight)
     valid = target != ignore_index
     scale = torch.where(valid, grad / count if reduction == MEAN else grad, torch.zeros(()))
-    for start in range(0, weight.shape[0], ROWS):
-        rows = weight[start : start + ROWS]
-        logits = torch.mm(x, rows.t())
-        here, column = _targets_in(target, start, rows.shape[0])
+    for start in range(0, weight.shape[0], rows):
+        part = weight[start : start + rows]
+        logits = torch.mm(x, part.t())
+        here, column = _targets_in(target, start, part.shape[0])
         share = torch.sub(logits, softmax[0].unsqueeze(1)).exp_()
         share[here, column] = softmax[1, here]
         logits.copy_(share.mul_(scale.unsqueeze(1)))
-        torch.mm(logits.t(), x, out=result[start : start + ROWS])
+        torch.mm(logits.t(), x, out=result[start : start + rows])
     return result
 
 

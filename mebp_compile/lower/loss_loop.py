@@ -13,7 +13,7 @@ SUMS = ("top", "rest", "aim", "aimed", "pulled")
 
 def loss_body(op: Op, weight: Value, packed: Value) -> Graph:
     """Phases: "before" the tiles, "tile" for each of them, "after" them, where the op's own outputs are made."""
-    x, _, target, reduction, ignored = op.args
+    x, _, target, reduction, ignored, _ = op.args
     rows, logits, tile = f"{weight.name}_tile", f"{op.name}_logits", Ref("tile")
     sums = tuple(f"{op.name}_{name}" for name in SUMS)
     refs = tuple(map(Ref, sums))

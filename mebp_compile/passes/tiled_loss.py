@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-import mebp_compile.kernels  # noqa: F401  (registers the ops)
 from mebp_compile import torch_private
+from mebp_compile.kernels.cross_entropy import ROWS
 
 TIER = "reassociate"
 aten, mebp = torch.ops.aten, torch.ops.mebp
@@ -147,7 +147,7 @@ def _source(node: Any, through: tuple[Any, ...]) -> Any:
 def _rewrite(graph: torch.fx.Graph, loss: _Loss) -> None:
     x, target, reduction, ignored = loss.head.args[0], loss.nll.args[1], *loss.nll.args[3:5]
     with graph.inserting_before(loss.nll):
-        made = _new(graph, mebp.linear_cross_entropy.default, (x, loss.weight, target, reduction, ignored), loss.head)
+        made = _new(graph, mebp.linear_cross_entropy.default, (x, loss.weight, target, reduction, ignored, ROWS), loss.head)
         value, count, direction, softmax = (_new(graph, operator.getitem, (made, index), loss.head) for index in range(4))
     for user in [user for user in loss.nll.users if user.target is operator.getitem]:
         user.replace_all_uses_with(value if user.args[1] == 0 else count)
@@ -160,7 +160,7 @@ def _rewrite(graph: torch.fx.Graph, loss: _Loss) -> None:
             node.replace_all_uses_with(cast)
         for node in loss.to_weight:
             with graph.inserting_before(node):
-                args = (scale, x, loss.weight, target, softmax, count, reduction, ignored)
+                args = (scale, x, loss.weight, target, softmax, count, reduction, ignored, ROWS)
                 node.replace_all_uses_with(_new(graph, mebp.head_gradient.default, args, node))
     _erase(graph, {*loss.inside, *loss.to_input, *loss.to_weight, *(user for user in loss.nll.users)})
 

@@ -20,9 +20,12 @@ from mebp_compile.runtime.state import LiveState
 from mebp_compile.runtime.streams import WeightStream
 
 SLOT_ALIGN = 4096
-# Where the budget is tight malloc gives blocks of this size and more back at once, for the whole process: left to itself it keeps free blocks,
-# and RSS stood 13 to 20 % above what the step holds. Their page faults cost time (a third of the demo's step), so a roomy budget is spared them.
+# Malloc, for the whole process. Left to itself it keeps freed blocks, and RSS stood 13 to 20 % above what a step holds; made to map every
+# block of MAPPED_BYTES and give it back at once, it costs the page faults of all that passes through it (a fifth to a third of a step). So where
+# KEPT_SHARE of what passes through it is within the slack that guarantees.md leaves RSS, it keeps its blocks; else, at a tight budget, none.
 MAPPED_BYTES = 256 << 10
+HEAP_BYTES = 64 << 20
+KEPT_SHARE, KEPT_BYTES = 0.25, 12 << 20
 ROOMY = 1.25
 
 
@@ -36,8 +39,7 @@ def make_engine(
     homes: Homes | None = None,
 ) -> Engine:
     """An engine with everything that the program's verbs need, and nothing more."""
-    if plan.peak_bytes * ROOMY > plan.problem.budget_bytes:
-        set_malloc_thresholds(MAPPED_BYTES, MAPPED_BYTES)
+    _set_malloc(plan)
     live = LiveState(state, contract.constants)
     sources = {
         storage.name: storage.source for storage in graph.storages if storage.source and storage.role not in ("batch", "hyper", "weight")
@@ -46,6 +48,13 @@ def make_engine(
     weights = _weights(graph, plan, streamed, thread) if streamed is not None else None
     own = _homes(graph, plan, homes) if homes is not None else None
     return Engine(live, sources, plan.placement.arena_bytes, _activations(graph, plan, options, thread), weights, own)
+
+
+def _set_malloc(plan: Plan) -> None:
+    if plan.placement.heap_bytes * KEPT_SHARE <= KEPT_BYTES:
+        set_malloc_thresholds(HEAP_BYTES, HEAP_BYTES)
+    elif plan.peak_bytes * ROOMY > plan.problem.budget_bytes:
+        set_malloc_thresholds(MAPPED_BYTES, MAPPED_BYTES)
 
 
 def _homes(graph: Graph, plan: Plan, homes: Homes) -> ProgramHomes:

@@ -42,9 +42,9 @@ def eager(x: Tensor, weight: Tensor, target: Tensor, reduction: str) -> tuple[Te
     return loss.detach(), x.grad, weight.grad
 
 
-def tiled(x: Tensor, weight: Tensor, target: Tensor, reduction: int) -> tuple[Tensor, Tensor, Tensor]:
-    loss, count, direction, softmax = linear_cross_entropy(x, weight, target, reduction, -100)
-    return loss, direction, head_gradient(torch.ones(()), x, weight, target, softmax, count, reduction, -100)
+def tiled(x: Tensor, weight: Tensor, target: Tensor, reduction: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    loss, count, direction, softmax = linear_cross_entropy(x, weight, target, reduction, -100, rows)
+    return loss, direction, head_gradient(torch.ones(()), x, weight, target, softmax, count, reduction, -100, rows)
 
 
 def error(got: Tensor, want: Tensor) -> float:
@@ -52,9 +52,8 @@ def error(got: Tensor, want: Tensor) -> float:
 
 
 @pytest.fixture(params=[64, 96, VOCABULARY, 4096])
-def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+def rows(request: pytest.FixtureRequest) -> int:
     """Rows of a tile: even, with a remainder, one tile, more than there are."""
-    monkeypatch.setattr(cross_entropy, "ROWS", request.param)
     return int(request.param)
 
 
@@ -68,34 +67,31 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return str(request.param)
 
 
-@pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("reduction", "name"), [(MEAN, "mean"), (SUM, "sum")])
 @pytest.mark.parametrize("ignored", [0, 7])
-def test_as_near_to_float64_as_eager_is(dtype: torch.dtype, reduction: int, name: str, ignored: int) -> None:
+def test_as_near_to_float64_as_eager_is(dtype: torch.dtype, reduction: int, name: str, ignored: int, rows: int) -> None:
     """Loss and both gradients: an error of at most 1.5 times eager's own."""
     x, weight, target = problem(dtype, ignored=ignored)
-    want, own, ours = truth(x, weight, target, name), eager(x, weight, target, name), tiled(x, weight, target, reduction)
+    want, own, ours = truth(x, weight, target, name), eager(x, weight, target, name), tiled(x, weight, target, reduction, rows)
     for exact, theirs, mine in zip(want, own, ours, strict=True):
         assert error(mine.to(theirs.dtype), exact) <= 1.5 * error(theirs, exact) + 1e-6
 
 
-@pytest.mark.usefixtures("rows")
-def test_a_token_that_is_predicted_well_keeps_its_gradient() -> None:
+def test_a_token_that_is_predicted_well_keeps_its_gradient(rows: int) -> None:
     """With p(target) near 1 the gradient is a small difference: every row is as precise as eager's, not only their sum."""
     x, weight, target = problem(torch.bfloat16)
     x[:] = 30 * weight[target]
-    want, own, ours = truth(x, weight, target, "mean"), eager(x, weight, target, "mean"), tiled(x, weight, target, MEAN)
+    want, own, ours = truth(x, weight, target, "mean"), eager(x, weight, target, "mean"), tiled(x, weight, target, MEAN, rows)
     assert float(torch.softmax(x.double() @ weight.double().t(), 1).gather(1, target[:, None]).median()) > 0.999
     for row in range(TOKENS):
         assert error(ours[1][row].bfloat16(), want[1][row]) <= 3 * error(own[1][row], want[1][row]) + 0.01
 
 
-@pytest.mark.usefixtures("rows")
-def test_large_logits_do_not_overflow() -> None:
+def test_large_logits_do_not_overflow(rows: int) -> None:
     """Logits of thousands, whose exponentials no float holds."""
     x, weight, target = problem(torch.float32, sharp=1000.0)
-    want, ours = truth(x, weight, target, "mean"), tiled(x, weight, target, MEAN)
+    want, ours = truth(x, weight, target, "mean"), tiled(x, weight, target, MEAN, rows)
     assert error(ours[0], want[0]) < 1e-5
     assert error(ours[1], want[1]) < 1e-4
 
@@ -103,7 +99,7 @@ def test_large_logits_do_not_overflow() -> None:
 def test_no_valid_target_gives_what_eager_gives() -> None:
     """Mean over nothing: a loss of NaN, and gradients of zero."""
     x, weight, target = problem(torch.float32, ignored=TOKENS)
-    own, ours = eager(x, weight, target, "mean"), tiled(x, weight, target, MEAN)
+    own, ours = eager(x, weight, target, "mean"), tiled(x, weight, target, MEAN, 64)
     assert torch.isnan(own[0])
     assert torch.isnan(ours[0])
     assert torch.equal(own[1], ours[1])
@@ -116,14 +112,14 @@ def test_a_target_outside_the_vocabulary_is_an_error() -> None:
     for wrong in (VOCABULARY, -1):
         target[3] = wrong
         with pytest.raises(IndexError, match="out of bounds"):
-            linear_cross_entropy(x, weight, target, MEAN, -100)
+            linear_cross_entropy(x, weight, target, MEAN, -100, 64)
 
 
 def test_traced_shapes_are_the_real_ones() -> None:
     """Shapes and dtypes on meta tensors as on real ones."""
     x, weight, target = problem(torch.bfloat16)
-    real = torch.ops.mebp.linear_cross_entropy(x, weight, target, MEAN, -100)
-    meta = torch.ops.mebp.linear_cross_entropy(x.to("meta"), weight.to("meta"), target.to("meta"), MEAN, -100)
+    real = torch.ops.mebp.linear_cross_entropy(x, weight, target, MEAN, -100, 64)
+    meta = torch.ops.mebp.linear_cross_entropy(x.to("meta"), weight.to("meta"), target.to("meta"), MEAN, -100, 64)
     assert [(a.shape, a.dtype) for a in real] == [(a.shape, a.dtype) for a in meta]
 
 

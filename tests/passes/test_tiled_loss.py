@@ -16,6 +16,7 @@ from mebp_compile.capture import capture, find_state
 from mebp_compile.compiler import optimize
 from mebp_compile.errors import BudgetInfeasible
 from mebp_compile.passes import run_passes
+from mebp_compile.runtime.metering import meter_storages
 
 
 def notes_of(training: Training, tier: str = "reassociate") -> tuple[list[str], set[str]]:
@@ -132,6 +133,8 @@ def test_a_streamed_head_is_read_tile_by_tile(disk_folder: Path) -> None:
     for call in range(3):
         expected, loss = roomy(*training.batch(call)), tight(*training.batch(call))
         assert torch.allclose(expected.float(), loss.float(), rtol=2e-3)
+    batch = training.batch(3)
+    assert meter_storages(tight.prepare(*batch), list(batch)).peak_bytes <= tight.plan.tensor_bytes <= tight.plan.peak_bytes
     head_bytes = 16384 * 64 * 2
     assert tight.plan.peak_bytes < head_bytes
     assert "run.cross_entropy_tile" in tight.code
