@@ -18,6 +18,7 @@ import demo
 import torch
 
 from mebp_compile import finetune
+from mebp_compile.models import CONFIGS
 from mebp_compile.progress import Progress
 
 
@@ -29,7 +30,7 @@ def main() -> int:
     parser.add_argument("--budget", default="4GB")
     given = parser.parse_args()
     os.environ.setdefault("MEBP_CACHE", str(demo.OUT / "cache"))
-    finetune.CONFIGS["qwen2.5-0.5b"]["num_hidden_layers"] = given.layers
+    CONFIGS["qwen2.5-0.5b"][1]["num_hidden_layers"] = given.layers
     chosen = finetune.Settings("qwen2.5-0.5b", given.budget, sequence=given.sequence, lr=1e-4, effort="fast")
     model, _ = finetune.build_model(chosen)
     step, _ = finetune.make_step(model, chosen)

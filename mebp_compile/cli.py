@@ -22,6 +22,7 @@ from mebp_compile.artifacts import check_artifacts, load_artifacts, save_artifac
 from mebp_compile.config import SCHEMES, TIERS, parse_budget
 from mebp_compile.errors import MebpError, OptionError
 from mebp_compile.explain import explain, summary, why
+from mebp_compile.models import CONFIGS
 from mebp_compile.progress import Progress
 from mebp_compile.viz import write
 
@@ -80,7 +81,7 @@ def _add_readers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _add_shared(item: argparse.ArgumentParser) -> None:
-    item.add_argument("--model", required=True, help="a checkpoint folder, or qwen2.5-0.5b or tiny-qwen2 with random weights")
+    item.add_argument("--model", required=True, help=f"a checkpoint folder, or with random weights one of {', '.join(CONFIGS)}")
     item.add_argument("--sequence", type=int, default=256, help="tokens of a sequence (256)")
     item.add_argument("--batch", type=int, default=1, help="sequences of a batch (1)")
     item.add_argument("--lora-rank", type=int, default=8)

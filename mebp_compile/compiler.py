@@ -14,7 +14,7 @@ from typing import Any
 import torch.utils._pytree as pytree
 
 from mebp_compile import artifacts, cache, codegen, explain, viz
-from mebp_compile.capture import State, capture, find_state
+from mebp_compile.capture import State, Traced, capture, find_state
 from mebp_compile.capture.contract import Contract, contract_of
 from mebp_compile.capture.optimizers import forget_state, initialise_used, optimizer_state_of
 from mebp_compile.compare import Comparison, compare
@@ -90,17 +90,11 @@ def build(
     higher = better_tier(traced.module, options.numerics)
     for note in run_passes(traced.module, options.numerics):
         tell(note)
-    graph = lower(traced)
-    kept_bytes = sum(graph.storages[graph.storage_of(name)].size_bytes for path, name in graph.results if path.startswith("gradient:"))
-    if options.grads == "drop":
-        graph, kept_bytes = drop_gradients(graph, traced.cleared), 0
+    graph, saves = _lowered(traced, options)
     graph = stream_weights(graph, records)
     costs, graph = measure_costs(graph, options, records, tell)
     problem = build_problem(graph, costs, options.budget_bytes, options.offload_dir is not None)
     tell(f"solving for {len(graph.ops):,} ops on {len(graph.storages):,} storages")
-    saves = (
-        f'grads="drop" (frees {kept_bytes:,} bytes of .grad that the next zero_grad would discard)' if kept_bytes and traced.cleared else ""
-    )
     advice = ", ".join(filter(None, (saves, higher)))
     try:
         solved = make_plan(graph, problem, options.effort, options.time_limit_s, advice=advice, tell=tell, solver=options.solver)
@@ -108,6 +102,17 @@ def build(
         error.refused = (contract_of(traced), graph)
         raise
     return contract_of(traced), graph, solved, codegen.generate(graph, solved)
+
+
+def _lowered(traced: Traced, options: Options) -> tuple[Graph, str]:
+    """The Graph, and what another choice about gradients would save, as advice."""
+    graph = lower(traced)
+    if options.grads == "drop":
+        return drop_gradients(graph, traced.cleared), ""
+    kept_bytes = sum(graph.storages[graph.storage_of(name)].size_bytes for path, name in graph.results if path.startswith("gradient:"))
+    if not kept_bytes or not traced.cleared:
+        return graph, ""
+    return graph, f'grads="drop" (frees {kept_bytes:,} bytes of .grad that the next zero_grad would discard)'
 
 
 def say(text: str) -> None:

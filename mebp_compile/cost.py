@@ -26,12 +26,16 @@ from mebp_compile.loop_cost import loop_requests, price_loop
 from mebp_compile.lower.stream import Record
 from mebp_compile.measure.disk import measure_disk
 from mebp_compile.measure.ops import measure_ops
+from mebp_compile.measure.process import available_memory_bytes
 from mebp_compile.planning import Costs, OpCost
 
 CALL_US = 2  # what Python needs to make any call
 ROW_US = 10  # one row of a table, read from disk and dequantised
 SORT_BYTES = 96  # for each id: its sorted copy, permutation, inverse and their scratch
 LOOK_UP_BYTES = 65536
+NO_DISK = (1000.0, 500.0, 100)
+CACHE_BYTES = 4 << 30  # of available memory, from which on the page cache is taken to hold the files of a step
+CACHED_LATENCY_US = 30  # of the transfer thread
 Json = dict[str, Any]
 Progress = Callable[[str], None] | None
 FILLED_LIKE = {"bool": "mask", "uint8": "index:16", "int64": "index:2", "int32": "index:2"}
@@ -49,7 +53,7 @@ def measure_costs(
     costs = {op.name: _op_cost(graph, op, results, wanted[op.name], records or {}) for op in graph.ops}
     ops = tuple(replace(op, menu=_priced(graph, op, loops[op.name], results)) if op.menu else op for op in graph.ops)
     disk = table.disk(options.offload_dir) if options.offload_dir is not None else None
-    speeds = (disk["read"], disk["write"], disk["latency"]) if disk else (1000.0, 500.0, 100)
+    speeds = (disk["read"], disk["write"], disk["latency"]) if disk else NO_DISK
     return Costs(costs, speeds[0], speeds[1], int(speeds[2]), True), replace(graph, ops=ops)
 
 
@@ -207,11 +211,18 @@ class CostTable:
         return self.known
 
     def disk(self, folder: Path) -> Json:
-        """Speed of the disk under `folder`: bytes a microsecond for reads and writes, and latency."""
+        """What transfers to and from `folder` take: bytes a microsecond for "read" and "write", and "latency" in microseconds.
+
+        Where the system has memory to spare, files of a step stay in its page cache, and transfers run at the cache's speed.
+        """
         key = f"disk:{os.stat(folder).st_dev}" if folder.exists() else f"disk:{folder}"
+        key += ":cached" if available_memory_bytes() >= CACHE_BYTES else ""
         if key not in self.known:
             speed = measure_disk(folder)
-            self.known[key] = {"read": speed.read_bytes_per_us, "write": speed.write_bytes_per_us, "latency": speed.latency_us}
+            latency = speed.latency_us
+            self.known[key.removesuffix(":cached")] = {"read": speed.read_bytes_per_us, "write": speed.write_bytes_per_us, "latency": latency}
+            cached = {"read": speed.cached_read_bytes_per_us, "write": speed.cached_write_bytes_per_us, "latency": CACHED_LATENCY_US}
+            self.known[key.removesuffix(":cached") + ":cached"] = cached
             self._save()
         return self.known[key]
 

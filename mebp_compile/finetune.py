@@ -5,6 +5,7 @@ A worked example of the API as much as a tool: `make_step` is an ordinary traini
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -21,23 +23,13 @@ from torch import nn
 from mebp_compile.compiler import CompiledStep, optimize
 from mebp_compile.config import SCHEMES, cache_dir
 from mebp_compile.errors import DiskError, OptionError
+from mebp_compile.models import CONFIGS, named_config
 from mebp_compile.planning import Plan
 from mebp_compile.progress import Progress
 from mebp_compile.runtime.weights import WeightStore
 
 IGNORED = -100  # the label of tokens that give no loss
 BYTE_END = 256  # the token after each example where bytes are tokens
-# Qwen2 configurations that need no checkpoint; their weights are random.
-CONFIGS: dict[str, dict[str, Any]] = {
-    "qwen2.5-0.5b": {
-        "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
-        "num_key_value_heads": 2, "max_position_embeddings": 32768, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
-    },
-    "tiny-qwen2": {
-        "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 512, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
-    },
-}  # fmt: skip
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
@@ -98,7 +90,7 @@ def _config(settings: Settings) -> Any:
     import transformers
 
     if settings.model in CONFIGS:
-        return transformers.Qwen2Config(**CONFIGS[settings.model])
+        return named_config(settings.model)
     if not (Path(settings.model) / "config.json").is_file():
         raise OptionError(
             f"{settings.model} is neither a folder with a config.json nor a known configuration",
@@ -117,30 +109,23 @@ def _in_memory(settings: Settings) -> Any:
 
 
 def _on_meta(settings: Settings) -> Any:
-    """The model without weights; its buffers (rotary frequencies) are real."""
+    """The model without weights; its buffers (rotary frequencies, scales) are real."""
     import transformers
 
-    config = _config(settings)
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=DTYPES[settings.dtype])  # type: ignore[no-untyped-call]
-    for path, module in model.named_modules():
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            _fill_buffers(path, module, config)
-    return model
+    with _parameters_on_meta():
+        return transformers.AutoModelForCausalLM.from_config(_config(settings), dtype=DTYPES[settings.dtype])  # type: ignore[no-untyped-call]
 
 
-def _fill_buffers(path: str, module: nn.Module, config: Any) -> None:
-    try:
-        fresh = type(module)(config)
-    except TypeError as error:
-        raise OptionError(
-            f"the buffers of {path} ({type(module).__name__}) can't be built without the checkpoint", "leave --weights out"
-        ) from error
-    for name, buffer in fresh.named_buffers(recurse=False):
-        setattr(module, name, buffer)
-    for name, item in vars(fresh).items():
-        if isinstance(item, torch.Tensor):
-            setattr(module, name, item)
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Inside, parameters of new modules go to meta before anything writes to them."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, nn.Parameter(parameter.to("meta"), parameter.requires_grad) if parameter is not None else None)
+
+    with mock.patch.object(nn.Module, "register_parameter", register_on_meta):
+        yield
 
 
 def _with_lora(base: Any, settings: Settings) -> nn.Module:

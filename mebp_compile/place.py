@@ -22,6 +22,7 @@ TRIALS = 90  # arena sizes tried, each SHRINK times the one before
 SHRINK = 0.95
 RESTARTS = 6
 WORK = 120_000  # lives tried in all, roughly 4 seconds
+KEPT_SHARE, KEPT_BYTES = 0.25, 12 << 20  # what malloc keeps of freed blocks, at most; what it may keep
 
 Ints = NDArray[np.int64]
 
@@ -36,6 +37,11 @@ class Placement:
     arena_bytes: int
     peak_bytes: int
     heap_bytes: int = 0
+
+    @property
+    def malloc_may_keep(self) -> bool:
+        """Whether malloc may keep freed blocks: a share of what passes through it is within the slack that RSS has (docs/guarantees.md)."""
+        return self.heap_bytes * KEPT_SHARE <= KEPT_BYTES
 
 
 @dataclass(frozen=True)

@@ -188,7 +188,7 @@ def make_plan(
         raise _refusal(graph, problem, error, advice) from None
     placement = place_under(graph, problem, solution.schedule)
     traffic = traffic_bytes(graph, problem, solution.schedule, placement)
-    if traffic > MUCH_TRAFFIC_BYTES and not solver:
+    if traffic > MUCH_TRAFFIC_BYTES and not placement.malloc_may_keep and not solver:
         solution, placement = _with_room(graph, problem, solution, placement, traffic, effort, time_limit_s, tell)
     report = solvers.replay(problem, solution.schedule)
     if placement.peak_bytes > problem.budget_bytes:

@@ -49,6 +49,15 @@ def rss() -> Rss:
         raise MeasureError(f"/proc/self/status does not give {', '.join(wanted)}: {error!r}", LINUX_FIX) from error
 
 
+def available_memory_bytes() -> int:
+    """What the system could give without swapping (MemAvailable); 0 where that can't be told."""
+    try:
+        with open("/proc/meminfo") as info:
+            return next((int(line.split()[1]) * 1024 for line in info if line.startswith("MemAvailable:")), 0)
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
 def reset_peak() -> bool:
     """Set VmHWM to what is resident now; False where the kernel or the container doesn't allow it."""
     try:

@@ -22,10 +22,9 @@ from mebp_compile.runtime.streams import WeightStream
 SLOT_ALIGN = 4096
 # Malloc, for the whole process. Left to itself it keeps freed blocks, and RSS stood 13 to 20 % above what a step holds; made to map every
 # block of MAPPED_BYTES and give it back at once, it costs the page faults of all that passes through it (a fifth to a third of a step). So where
-# KEPT_SHARE of what passes through it is within the slack that guarantees.md leaves RSS, it keeps its blocks; else, at a tight budget, none.
+# little passes through it (`Placement.malloc_may_keep`) it keeps its blocks; else, at a tight budget, none.
 MAPPED_BYTES = 256 << 10
 HEAP_BYTES = 64 << 20
-KEPT_SHARE, KEPT_BYTES = 0.25, 12 << 20
 ROOMY = 1.25
 
 
@@ -51,7 +50,7 @@ def make_engine(
 
 
 def _set_malloc(plan: Plan) -> None:
-    if plan.placement.heap_bytes * KEPT_SHARE <= KEPT_BYTES:
+    if plan.placement.malloc_may_keep:
         set_malloc_thresholds(HEAP_BYTES, HEAP_BYTES)
     elif plan.peak_bytes * ROOMY > plan.problem.budget_bytes:
         set_malloc_thresholds(MAPPED_BYTES, MAPPED_BYTES)
