@@ -122,7 +122,9 @@ def _parameters_on_meta() -> Iterator[None]:
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, nn.Parameter(parameter.to("meta"), parameter.requires_grad) if parameter is not None else None)
+        if parameter is not None and not parameter.is_meta:  # one that is on meta may be shared by tied modules
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
 
     with mock.patch.object(nn.Module, "register_parameter", register_on_meta):
         yield

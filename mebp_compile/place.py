@@ -22,7 +22,6 @@ TRIALS = 90  # arena sizes tried, each SHRINK times the one before
 SHRINK = 0.95
 RESTARTS = 6
 WORK = 120_000  # lives tried in all, roughly 4 seconds
-KEPT_SHARE, KEPT_BYTES = 0.25, 12 << 20  # what malloc keeps of freed blocks, at most; what it may keep
 
 Ints = NDArray[np.int64]
 
@@ -30,18 +29,11 @@ Ints = NDArray[np.int64]
 @dataclass(frozen=True)
 class Placement:
     """offsets: arena offset of a storage by (step that makes it, storage). peak_bytes: arena + allocator + workspace + constant at the
-    worst step. heap_bytes: what a step takes from the allocator and gives back to it, at the worst step: workspaces, and storages that are
-    made in the step and don't lie in the arena."""
+    worst step."""
 
     offsets: dict[tuple[int, int], int]
     arena_bytes: int
     peak_bytes: int
-    heap_bytes: int = 0
-
-    @property
-    def malloc_may_keep(self) -> bool:
-        """Whether malloc may keep freed blocks: a share of what passes through it is within the slack that RSS has (docs/guarantees.md)."""
-        return self.heap_bytes * KEPT_SHARE <= KEPT_BYTES
 
 
 @dataclass(frozen=True)
@@ -104,9 +96,7 @@ def place_under(graph: Graph, problem: Problem, schedule: Schedule) -> Placement
     placed = set(map(id, best.lives))
     footprint = fixed + best.arena_bytes + _allocated([life for life in eligible if id(life) not in placed], steps)
     offsets = {(life.start, life.storage): offset for life, offset in zip(best.lives, best.offsets, strict=True)}
-    passing = [life for life in every if life.start >= 0 and id(life) not in placed]
-    heap = _profile(passing, steps) + workspace_profile(problem, schedule)
-    return Placement(offsets, best.arena_bytes, int(footprint.max(initial=0)), int(heap.max(initial=0)))
+    return Placement(offsets, best.arena_bytes, int(footprint.max(initial=0)))
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from mebp_compile.place import Placement, lives, place_under
 from solvers import Problem, Report, Schedule, Solution, baselines
 from solvers.bounds import roofline_us, working_set
 
-# With more than this left to the allocator in a step, page faults cost more than the recompute and transfers of a slightly smaller budget.
-MUCH_TRAFFIC_BYTES = 1 << 30
+MAPPED_BYTES = 4 << 20  # blocks from here on malloc maps and gives back at once where the budget is tight, see `runtime.setup`
+# With more than this left to such blocks in a step, page faults cost more than the recompute and transfers of a slightly smaller budget.
+MUCH_TRAFFIC_BYTES = 256 << 20
 ROOM_SHARES = (0.985, 0.97)
 
 MOVABLE = ("weight", "parameter", "optimizer")  # roles whose home may be the disk, see `homes`
@@ -188,7 +189,7 @@ def make_plan(
         raise _refusal(graph, problem, error, advice) from None
     placement = place_under(graph, problem, solution.schedule)
     traffic = traffic_bytes(graph, problem, solution.schedule, placement)
-    if traffic > MUCH_TRAFFIC_BYTES and not placement.malloc_may_keep and not solver:
+    if traffic > MUCH_TRAFFIC_BYTES and not solver:
         solution, placement = _with_room(graph, problem, solution, placement, traffic, effort, time_limit_s, tell)
     report = solvers.replay(problem, solution.schedule)
     if placement.peak_bytes > problem.budget_bytes:
@@ -221,9 +222,9 @@ def _fixed(problem: Problem, solver: str) -> solvers.Solution:
 
 
 def traffic_bytes(graph: Graph, problem: Problem, schedule: Schedule, placement: Placement) -> int:
-    """Bytes that the allocator hands out in a step, fresh pages each time, because the arena has no place for them."""
-    every = lives(graph, problem, schedule)
-    return sum(life.size_bytes for life in every if life.start >= 0 and (life.start, life.storage) not in placement.offsets)
+    """Bytes that the allocator hands out in a step in fresh pages each time, because the arena has no place for them."""
+    large = (life for life in lives(graph, problem, schedule) if life.start >= 0 and life.size_bytes >= MAPPED_BYTES)
+    return sum(life.size_bytes for life in large if (life.start, life.storage) not in placement.offsets)
 
 
 def _with_room(

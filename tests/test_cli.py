@@ -22,6 +22,7 @@ from mebp_compile.finetune import (
     IGNORED,
     ByteTokens,
     Settings,
+    _on_meta,
     batches,
     blocks,
     build_model,
@@ -176,7 +177,21 @@ def test_a_model_on_meta_has_real_buffers_and_adapters(tmp_path: Path, monkeypat
     plain, _ = build_model(Settings(model="tiny-qwen2", budget="1MB"))
     expected = dict(plain.named_buffers())
     assert all(torch.equal(buffer, expected[name]) for name, buffer in model.named_buffers())
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]  # tied is still tied
     store.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("qwen2.5-0.5b", 494_032_768), ("qwen2.5-1.5b", 1_543_714_304), ("qwen2.5-3b", 3_085_938_688), ("gemma3-1b", 999_885_952),
+     ("llama-3.1-8b", 8_030_261_248)],
+)  # fmt: skip
+def test_named_models_have_their_published_size(name: str, parameters: int) -> None:
+    """Built on meta, tied where the model is: as many parameters as the published checkpoint has."""
+    model = _on_meta(Settings(model=name, budget="1GB"))
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not any(buffer.is_meta for buffer in model.buffers())
 
 
 # --- data ---

@@ -11,7 +11,7 @@ from mebp_compile.config import Options
 from mebp_compile.graph import PERSISTENT, Graph
 from mebp_compile.measure.process import set_malloc_thresholds
 from mebp_compile.measure.transfer import DiskThread
-from mebp_compile.planning import Plan
+from mebp_compile.planning import MAPPED_BYTES, Plan
 from mebp_compile.runtime.activations import ActivationStore, Slot
 from mebp_compile.runtime.bind import Streamed
 from mebp_compile.runtime.engine import Engine
@@ -20,11 +20,6 @@ from mebp_compile.runtime.state import LiveState
 from mebp_compile.runtime.streams import WeightStream
 
 SLOT_ALIGN = 4096
-# Malloc, for the whole process. Left to itself it keeps freed blocks, and RSS stood 13 to 20 % above what a step holds; made to map every
-# block of MAPPED_BYTES and give it back at once, it costs the page faults of all that passes through it (a fifth to a third of a step). So where
-# little passes through it (`Placement.malloc_may_keep`) it keeps its blocks; else, at a tight budget, none.
-MAPPED_BYTES = 256 << 10
-HEAP_BYTES = 64 << 20
 ROOMY = 1.25
 
 
@@ -50,9 +45,12 @@ def make_engine(
 
 
 def _set_malloc(plan: Plan) -> None:
-    if plan.placement.malloc_may_keep:
-        set_malloc_thresholds(HEAP_BYTES, HEAP_BYTES)
-    elif plan.peak_bytes * ROOMY > plan.problem.budget_bytes:
+    """Where the budget is tight: RSS that follows the bytes in use, for the whole process.
+
+    Left to itself malloc keeps freed blocks, and RSS stood 13 to 20 % above what a step holds. Blocks from MAPPED_BYTES on are mapped and given
+    back at once, at the price of their page faults; from 256 KiB on that was a fifth to a third of a step, from 4 MiB on next to nothing.
+    """
+    if plan.peak_bytes * ROOMY > plan.problem.budget_bytes:
         set_malloc_thresholds(MAPPED_BYTES, MAPPED_BYTES)
 
 
