@@ -21,9 +21,9 @@ from solvers import Problem, Report, Schedule, Solution, baselines
 from solvers.bounds import roofline_us, working_set
 
 MAPPED_BYTES = 4 << 20  # blocks from here on malloc maps and gives back at once where the budget is tight, see `runtime.setup`
-# With more than this left to such blocks in a step, page faults cost more than the recompute and transfers of a slightly smaller budget.
-MUCH_TRAFFIC_BYTES = 256 << 20
-ROOM_SHARES = (0.985, 0.97)
+FAULT_US_PER_BYTE = 4e-4  # of a fresh page: 0.5 s of system time for 300,000 pages of 4 KiB
+MUCH_TRAFFIC_BYTES = 256 << 20  # through such blocks in a step, from which on schedules with less of it are looked for
+ROOM_SHARES = (0.97, 0.9, 0.8)
 
 MOVABLE = ("weight", "parameter", "optimizer")  # roles whose home may be the disk, see `homes`
 SMALLEST_HOME_BYTES = 1024  # a transfer of less costs more than it frees
@@ -188,9 +188,8 @@ def make_plan(
     except solvers.Infeasible as error:
         raise _refusal(graph, problem, error, advice) from None
     placement = place_under(graph, problem, solution.schedule)
-    traffic = traffic_bytes(graph, problem, solution.schedule, placement)
-    if traffic > MUCH_TRAFFIC_BYTES and not solver:
-        solution, placement = _with_room(graph, problem, solution, placement, traffic, effort, time_limit_s, tell)
+    if not solver and traffic_bytes(graph, problem, solution.schedule, placement) > MUCH_TRAFFIC_BYTES:
+        solution, placement = _with_room(graph, problem, solution, placement, effort, time_limit_s, tell)
     report = solvers.replay(problem, solution.schedule)
     if placement.peak_bytes > problem.budget_bytes:
         message = f"the placement needs {placement.peak_bytes:,} bytes, the budget is {problem.budget_bytes:,}"
@@ -232,23 +231,29 @@ def _with_room(
     problem: Problem,
     solution: Solution,
     placement: Placement,
-    best: int,
     effort: str,
     time_limit_s: float,
     tell: Callable[[str], None] | None,
 ) -> tuple[Solution, Placement]:
-    """A schedule that fills memory to the last byte leaves an arena no room; one of slightly less may let far more lie in it. `best` is the
-    traffic of the given one, in bytes."""
+    """Of the given schedule and those of somewhat smaller budgets, the one of least time with its page faults: a schedule that fills memory to the
+    last byte leaves an arena no room."""
+
+    def cost_us(schedule: Schedule, placed: Placement) -> float:
+        return solvers.replay(problem, schedule).time_us + FAULT_US_PER_BYTE * traffic_bytes(graph, problem, schedule, placed)
+
+    best = cost_us(solution.schedule, placement)
     for share in ROOM_SHARES:
+        smaller = problem.with_budget(int(problem.budget_bytes * share))
         try:
-            other = solvers.solve(problem.with_budget(int(problem.budget_bytes * share)), effort=effort, time_limit_s=time_limit_s, progress=tell)
+            schedule = solvers.solve(smaller, effort=effort, time_limit_s=time_limit_s, progress=tell).schedule
         except solvers.Infeasible:
             break
-        placed = place_under(graph, problem, other.schedule)
-        traffic = traffic_bytes(graph, problem, other.schedule, placed)
-        if placed.peak_bytes <= problem.budget_bytes and traffic < best:
-            best, placement = traffic, placed
-            solution = replace(other, bound_us=min(other.bound_us, solution.bound_us))
+        placed = place_under(graph, problem, schedule)
+        if placed.peak_bytes <= problem.budget_bytes and cost_us(schedule, placed) < best:
+            best, placement = cost_us(schedule, placed), placed
+            solution = replace(solution, schedule=schedule, report=solvers.replay(problem, schedule))
+        if traffic_bytes(graph, problem, solution.schedule, placement) <= MUCH_TRAFFIC_BYTES:
+            break
     return solution, placement
 
 
