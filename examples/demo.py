@@ -106,6 +106,7 @@ def train(
         losses.append(float(loss.item()))
         seconds.append(time.perf_counter() - started)
         if number == COMPARED_STEPS:
+            compiled.materialise()  # the plan may keep state on disk between steps
             state_digest = digest(model, optimizer.state)
         progress.update("train", number, steps, f"loss {losses[-1]:.4f}  {seconds[-1]:.2f} s")
     tensors = meter_storages(compiled.program, list(next(text_batches(chosen))))
