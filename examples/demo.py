@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from mebp_compile import finetune
+from mebp_compile.compare import live_tensors
 from mebp_compile.compiler import CompiledStep
 from mebp_compile.config import format_bytes, parse_budget
 from mebp_compile.measure.meter import PeakRss, StorageMeter
@@ -44,8 +45,7 @@ def settings(budget: str) -> finetune.Settings:
 
 
 def text_batches(chosen: finetune.Settings) -> Any:
-    blocks = finetune.blocks([[(TEXT.read_text(), True)]], finetune.ByteTokens(), chosen.sequence)
-    return finetune.batches(blocks, chosen.batch, chosen.seed)
+    return finetune.byte_batches(chosen, TEXT)
 
 
 def digest(model: torch.nn.Module, optimizer_state: dict[Any, dict[str, Any]]) -> str:
@@ -77,7 +77,7 @@ def eager(budget: str) -> None:
             seconds.append(time.perf_counter() - started)
         answer = {"losses": losses, "seconds": statistics.median(seconds), "digest": digest(model, optimizer.state)}
         with StorageMeter() as meter:
-            meter.watch(*model.parameters(), *model.buffers(), *(tensor for entry in optimizer.state.values() for tensor in entry.values()))
+            meter.watch(*live_tensors(state))
             step(*next(source))
     print(json.dumps({**answer, "storage_bytes": meter.peak_bytes, "anon_bytes": peak.peak_anon_bytes}))
 

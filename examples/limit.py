@@ -19,12 +19,13 @@ import demo
 
 from mebp_compile import finetune
 from mebp_compile.capture import find_state
+from mebp_compile.compare import live_tensors
 from mebp_compile.config import parse_budget
 from mebp_compile.measure.meter import malloc_trim
 from mebp_compile.measure.process import limit_data, rss
 from mebp_compile.progress import Progress
 from mebp_compile.runtime.bind import bind_weights, dense_weights
-from mebp_compile.runtime.metering import kept_storage_bytes
+from mebp_compile.runtime.metering import kept_storage_bytes, storage_bytes
 
 NO_MEMORY = 3  # exit code of a step that could not allocate
 
@@ -53,13 +54,12 @@ def ours(budget: str) -> None:
 def plain(budget: str) -> None:
     chosen = demo.settings(budget)
     model, store = finetune.build_model(chosen)
-    step, optimizer = finetune.make_step(model, chosen)
+    step, _ = finetune.make_step(model, chosen)
     state = find_state(step)
     source = demo.text_batches(chosen)
     with dense_weights(state, bind_weights(state, store, None)):
         step(*next(source))
-        held = [*model.parameters(), *model.buffers(), *(tensor for entry in optimizer.state.values() for tensor in entry.values())]
-        limit = limit_above(sum(tensor.untyped_storage().nbytes() for tensor in held), parse_budget(budget))
+        limit = limit_above(storage_bytes(live_tensors(state)), parse_budget(budget))
         batch = next(source)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
         try:

@@ -48,7 +48,7 @@ def compare(step_fn: Callable[..., Any], batch: Any, program: Program, state: St
     program.materialise()
     before = snapshot(state)
     with dense_weights(state, streamed), StorageMeter() as meter:
-        meter.watch(*_live_tensors(state))
+        meter.watch(*live_tensors(state))
         returned = step_fn(*batch[0], **batch[1])
     wanted = {**_results(returned), **snapshot(state)}
     restore(state, before)
@@ -62,7 +62,8 @@ def compare(step_fn: Callable[..., Any], batch: Any, program: Program, state: St
     return Comparison(different, len(names), plan.tensor_bytes, plan.problem.budget_bytes, reading.peak_bytes, meter.peak_bytes)
 
 
-def _live_tensors(state: State) -> Iterator[torch.Tensor]:
+def live_tensors(state: State) -> Iterator[torch.Tensor]:
+    """Every parameter, buffer and tensor of optimizer state that the user's objects hold."""
     yield from (parameter for _, _, parameter in state.parameters())
     yield from (buffer for module in state.modules.values() for buffer in module.buffers())
     yield from (entries[name] for _, _, entries, name in _optimizer_entries(state) if isinstance(entries[name], torch.Tensor))

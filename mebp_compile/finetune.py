@@ -301,6 +301,11 @@ def blocks(examples: Sequence[Sequence[tuple[str, bool]]], tokens: Any, sequence
     return useful
 
 
+def byte_batches(settings: Settings, data: Path) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of a data file with bytes as tokens, whatever the model."""
+    return batches(blocks(read_examples(data), ByteTokens(), settings.sequence), settings.batch, settings.seed)
+
+
 def batches(data: Sequence[tuple[list[int], list[int]]], batch: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless batches: the blocks in a new random order each time round."""
     order: list[int] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -48,7 +49,8 @@ def _weight(graph: Graph, op: Op) -> tuple[int, int, int]:
 
 
 def _itemsize(graph: Graph, name: str) -> int:
-    return {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}[graph.value[name].dtype]
+    """Of a tensor that fills its storage."""
+    return graph.storages[graph.storage_of(name)].size_bytes // math.prod(graph.value[name].shape)
 
 
 def _loss_tile(graph: Graph, op: Op, trips: int) -> Json:

@@ -237,22 +237,19 @@ def _with_room(
 ) -> tuple[Solution, Placement]:
     """Of the given schedule and those of somewhat smaller budgets, the one of least time with its page faults: a schedule that fills memory to the
     last byte leaves an arena no room."""
-
-    def cost_us(schedule: Schedule, placed: Placement) -> float:
-        return solvers.replay(problem, schedule).time_us + FAULT_US_PER_BYTE * traffic_bytes(graph, problem, schedule, placed)
-
-    best = cost_us(solution.schedule, placement)
+    traffic = traffic_bytes(graph, problem, solution.schedule, placement)
+    best = solution.report.time_us + FAULT_US_PER_BYTE * traffic
     for share in ROOM_SHARES:
-        smaller = problem.with_budget(int(problem.budget_bytes * share))
         try:
-            schedule = solvers.solve(smaller, effort=effort, time_limit_s=time_limit_s, progress=tell).schedule
+            other = solvers.solve(problem.with_budget(int(problem.budget_bytes * share)), effort=effort, time_limit_s=time_limit_s, progress=tell)
         except solvers.Infeasible:
             break
-        placed = place_under(graph, problem, schedule)
-        if placed.peak_bytes <= problem.budget_bytes and cost_us(schedule, placed) < best:
-            best, placement = cost_us(schedule, placed), placed
-            solution = replace(solution, schedule=schedule, report=solvers.replay(problem, schedule))
-        if traffic_bytes(graph, problem, solution.schedule, placement) <= MUCH_TRAFFIC_BYTES:
+        placed = place_under(graph, problem, other.schedule)
+        moved = traffic_bytes(graph, problem, other.schedule, placed)
+        cost_us = other.report.time_us + FAULT_US_PER_BYTE * moved
+        if placed.peak_bytes <= problem.budget_bytes and cost_us < best:
+            best, traffic, solution, placement = cost_us, moved, other, placed
+        if traffic <= MUCH_TRAFFIC_BYTES:
             break
     return solution, placement
 

@@ -10,7 +10,7 @@ from planned import Planned, chain, costs_by_bytes, long_plan, planned, random_p
 
 import solvers
 from mebp_compile.overhead import allocated_bytes
-from mebp_compile.place import ALIGN, SMALLEST_BYTES, Life, Work, lives, pack, pack_columns, place_under
+from mebp_compile.place import ALIGN, SMALLEST_BYTES, Ints, Life, Packed, Work, lives, pack, pack_columns, place_under
 from solvers import Lifespan
 
 ITEMS = st.tuples(st.integers(0, 40), st.integers(1, 20), st.integers(1, 30))  # start, length, size
@@ -85,6 +85,16 @@ def test_a_large_life_outside_makes_room_for_the_small_ones() -> None:
     assert {life.storage for life in packed.lives} == set(range(50))
 
 
+def check_packed(packed: Packed, some: list[Life], room: Ints) -> None:
+    """No two blocks overlap, and at each step the arena and what is outside of it fit in the room given."""
+    spans = [Lifespan(life.storage, life.start, life.end, life.size_bytes) for life in packed.lives]
+    solvers.check_offsets(spans, solvers.Placement(tuple(packed.offsets), packed.arena_bytes, 0))
+    inside = {life.storage for life in packed.lives}
+    for step in range(len(room)):
+        outside = sum(allocated_bytes(life.size_bytes) for life in some if life.storage not in inside and life.start <= step < life.end)
+        assert packed.arena_bytes + outside <= room[step]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(ITEMS, max_size=30), st.integers(1, 400), st.integers(0, 400))
 def test_pack_keeps_its_promise(items: list[tuple[int, int, int]], arena: int, more: int) -> None:
@@ -95,12 +105,7 @@ def test_pack_keeps_its_promise(items: list[tuple[int, int, int]], arena: int, m
     if packed is None:
         return
     assert packed.arena_bytes <= 64 * arena
-    spans = [Lifespan(life.storage, life.start, life.end, life.size_bytes) for life in packed.lives]
-    solvers.check_offsets(spans, solvers.Placement(tuple(packed.offsets), packed.arena_bytes, 0))
-    inside = {life.storage for life in packed.lives}
-    for step in range(64):
-        outside = sum(allocated_bytes(life.size_bytes) for life in some if life.storage not in inside and life.start <= step < life.end)
-        assert packed.arena_bytes + outside <= room[step]
+    check_packed(packed, some, room)
 
 
 def test_ten_thousand_lives() -> None:
@@ -125,12 +130,7 @@ def test_columns_waste_no_more_than_is_to_spare(seed: int) -> None:
         load[life.start : life.end] += allocated_bytes(life.size_bytes)
     room = load + np.where(draw.random(100) < 0.3, 0, draw.integers(0, 200_000, 100))
     packed = pack_columns(some, room)
-    spans = [Lifespan(life.storage, life.start, life.end, life.size_bytes) for life in packed.lives]
-    solvers.check_offsets(spans, solvers.Placement(tuple(packed.offsets), packed.arena_bytes, 0))
-    inside = {life.storage for life in packed.lives}
-    for step in range(100):
-        outside = sum(allocated_bytes(life.size_bytes) for life in some if life.storage not in inside and life.start <= step < life.end)
-        assert packed.arena_bytes + outside <= room[step]
+    check_packed(packed, some, room)
 
 
 def test_a_chain_without_a_gap_needs_nothing_to_spare() -> None:

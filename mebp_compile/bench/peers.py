@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from mebp_compile import finetune
-from mebp_compile.capture import find_state
+from mebp_compile.capture import State, find_state
+from mebp_compile.compare import live_tensors
 from mebp_compile.errors import BudgetInfeasible, OptionError
-from mebp_compile.measure.meter import MallocMeter, PeakRss, StorageMeter
+from mebp_compile.measure.meter import StorageMeter
 from mebp_compile.progress import Progress
 from mebp_compile.runtime.bind import bind_weights, dense_weights
-from mebp_compile.runtime.metering import meter_process, meter_storages
+from mebp_compile.runtime.metering import ProcessReading, meter_call, meter_process, meter_storages, storage_bytes
 
 MEZO_EPSILON = 1e-3
 ROOM = 1.03  # over the peak of a fixed schedule, for what placing it adds
@@ -45,7 +45,7 @@ def prepare(kind: str, settings: finetune.Settings) -> Runner:
     if kind == "ours" or kind.startswith("schedule:"):
         return _compiled(settings, kind.partition(":")[2] or None)
     model, store = finetune.build_model(settings)
-    step_fn, optimizer = finetune.make_step(model, settings)
+    step_fn, _ = finetune.make_step(model, settings)
     state = find_state(step_fn)
     held = contextlib.ExitStack()
     held.enter_context(dense_weights(state, bind_weights(state, store, None)))
@@ -55,35 +55,26 @@ def prepare(kind: str, settings: finetune.Settings) -> Runner:
         step_fn = mezo_step(model, settings.lr)
     elif kind != "eager":
         raise OptionError(f"no contestant is called {kind!r}", 'use "ours", "eager", "checkpointing", "mezo" or "schedule:per_layer"')
-    return _plain(step_fn, lambda: _kept(model, optimizer), held)
+    return _plain(step_fn, state, held)
 
 
-def _kept(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
-    yield from (entry for entries in optimizer.state.values() for entry in entries.values() if isinstance(entry, torch.Tensor))
-
-
-def _plain(step_fn: Callable[..., torch.Tensor], kept: Callable[[], Iterator[torch.Tensor]], held: contextlib.ExitStack) -> Runner:
+def _plain(step_fn: Callable[..., torch.Tensor], state: State, held: contextlib.ExitStack) -> Runner:
     """A user's own step. `held` keeps what it needs alive."""
 
     def storages(batch: Batch) -> int:
         with StorageMeter() as meter:
-            meter.watch(*kept(), *batch)
+            meter.watch(*live_tensors(state), *batch)
             step_fn(*batch)
         return meter.peak_bytes
 
     def process(batch: Batch) -> Json:
-        kept_bytes = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in kept()}.values())
-        malloc = MallocMeter() if MallocMeter.available() else None
-        with PeakRss() as peak:
-            before_bytes = malloc.reset_peak() if malloc else 0
-            step_fn(*batch)
-            grown_bytes = malloc.peak_bytes - before_bytes if malloc else 0
-        anon_bytes = kept_bytes + peak.peak_anon_bytes - peak.before.anon_bytes
-        return {"malloc_bytes": kept_bytes + grown_bytes, "anon_bytes": anon_bytes, "resident_bytes": peak.peak_rss_bytes}
+        return _bytes(meter_call(lambda: step_fn(*batch), storage_bytes(live_tensors(state))))
 
     return Runner(lambda batch: float(step_fn(*batch).item()), storages, process, {}, held)
+
+
+def _bytes(reading: ProcessReading) -> Json:
+    return {"malloc_bytes": reading.malloc_bytes, "anon_bytes": reading.anon_bytes, "resident_bytes": reading.resident_bytes}
 
 
 def _compiled(settings: finetune.Settings, solver: str | None) -> Runner:
@@ -92,19 +83,11 @@ def _compiled(settings: finetune.Settings, solver: str | None) -> Runner:
     if solver is not None:
         settings = _at_its_own_peak(step_fn, settings, store, solver)
     compiled = finetune.compile_step(step_fn, settings, store, Progress(quiet=True))
-    plan = compiled.plan
-    facts = {"predicted_us": plan.time_us, "predicted_bytes": plan.peak_bytes, "predicted_tensor_bytes": plan.tensor_bytes}
-
-    def process(batch: Batch) -> Json:
-        with PeakRss() as peak:
-            reading = meter_process(compiled.prepare(*batch), list(batch))
-        return {"malloc_bytes": reading.malloc_bytes, "anon_bytes": reading.anon_bytes, "resident_bytes": peak.peak_rss_bytes}
-
     return Runner(
         lambda batch: float(compiled(*batch).item()),
         lambda batch: meter_storages(compiled.prepare(*batch), list(batch)).peak_bytes,
-        process,
-        facts,
+        lambda batch: _bytes(meter_process(compiled.prepare(*batch), list(batch))),
+        {"predicted_us": compiled.plan.time_us, "predicted_bytes": compiled.plan.peak_bytes},
     )
 
 
@@ -138,9 +121,3 @@ def mezo_step(model: torch.nn.Module, lr: float) -> Callable[..., torch.Tensor]:
         return above
 
     return step
-
-
-def batches(settings: finetune.Settings, text: Path) -> Iterator[Batch]:
-    """Blocks of a text file, as bytes, in the order that the seed draws."""
-    blocks = finetune.blocks([[(text.read_text(), True)]], finetune.ByteTokens(), settings.sequence)
-    yield from finetune.batches(blocks, settings.batch, settings.seed)

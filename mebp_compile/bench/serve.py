@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mebp_compile.bench.peers import Batch, Runner, batches, prepare
-from mebp_compile.finetune import Settings
+from mebp_compile.bench.peers import Batch, Runner, prepare
+from mebp_compile.finetune import Settings, byte_batches
 
 FOLDERS = ("offload", "store")
 
@@ -23,7 +23,7 @@ def serve() -> None:
     first = json.loads(sys.stdin.readline())
     fields = {key: Path(item) if key in FOLDERS and item is not None else item for key, item in first["settings"].items()}
     settings = Settings(**fields)
-    source, runner = batches(settings, Path(first["text"])), None
+    source, runner = byte_batches(settings, Path(first["text"])), None
     for line in sys.stdin:
         question = json.loads(line)
         try:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.machinery
-import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+from mebp_compile import shared_library
+
 NAMES = {torch.bfloat16: "mebp_cross_entropy_tile_bf16", torch.float32: "mebp_cross_entropy_tile_fp32"}
 _TILE: list[Any] = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, *[ctypes.c_void_p] * 5]
 
@@ -20,18 +19,13 @@ _TILE: list[Any] = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_in
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The library beside this file, or None (said once through `logging`) where it was not built or can't be loaded."""
-    paths = [Path(__file__).resolve().parent / f"_cross_entropy{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
-    for path in filter(Path.exists, paths):
-        try:
-            lib = ctypes.CDLL(str(path))
-            for name in NAMES.values():
-                getattr(lib, name).argtypes, getattr(lib, name).restype = _TILE, None
-            return lib
-        except (OSError, AttributeError) as error:
-            logger.warning("the cross-entropy kernel can't be loaded (%s): using torch, several times slower", error)
-            return None
-    logger.warning("the cross-entropy kernel was not built (no C compiler at install?): using torch, several times slower")
-    return None
+    stem = Path(__file__).resolve().parent / "_cross_entropy"
+    return shared_library.load(stem, _declare, "the cross-entropy kernels", "using torch, several times slower")
+
+
+def _declare(lib: ctypes.CDLL) -> None:
+    for name in NAMES.values():
+        getattr(lib, name).argtypes, getattr(lib, name).restype = _TILE, None
 
 
 def takes(logits: Tensor) -> bool:

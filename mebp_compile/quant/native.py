@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.machinery
-import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mebp_compile import shared_library
 from mebp_compile.errors import OptionError
 from mebp_compile.quant.scheme import Scheme
 
 PATHS = {"auto": 0, "scalar": 1, "avx2": 2, "avx512": 3, "neon": 4}
-logger = logging.getLogger(__name__)
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 _ROWS: list[Any] = [_POINTER, _INT, _POINTER, _INT, _POINTER, _INT, _POINTER, _INT, _INT, _INT]
@@ -28,28 +26,16 @@ def library() -> ctypes.CDLL | None:
     """The kernel library beside this file, or None (said once through `logging`) where it was not built or can't be
     loaded.
     """
-    folder = Path(__file__).resolve().parent
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = folder / f"_dequantise{suffix}"
-        if path.exists():
-            try:
-                return _declare(ctypes.CDLL(str(path)))
-            except (OSError, AttributeError) as error:
-                logger.warning("the dequantise kernels can't be loaded (%s): using torch, about 70 times slower", error)
-                return None
-    logger.warning(
-        "the dequantise kernels were not built (no C compiler at install?): using torch, about 70 times slower"
-    )
-    return None
+    stem = Path(__file__).resolve().parent / "_dequantise"
+    return shared_library.load(stem, _declare, "the dequantise kernels", "using torch, about 70 times slower")
 
 
-def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
+def _declare(lib: ctypes.CDLL) -> None:
     """Argument types; raises AttributeError where a symbol is missing."""
     lib.mebp_dequantise_paths.argtypes, lib.mebp_dequantise_paths.restype = [], ctypes.c_int32
     lib.mebp_dequantise_table.argtypes = [*_ROWS, ctypes.POINTER(ctypes.c_float), ctypes.c_int32, ctypes.c_int32]
     lib.mebp_dequantise_int8.argtypes = [*_ROWS, ctypes.c_int32, ctypes.c_int32]
     lib.mebp_dequantise_table.restype = lib.mebp_dequantise_int8.restype = ctypes.c_int32
-    return lib
 
 
 def available_paths() -> tuple[str, ...]:

@@ -11,7 +11,7 @@ count.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,11 +37,12 @@ class TensorReading:
 @dataclass(frozen=True)
 class ProcessReading:
     """malloc_bytes (None where the malloc meter is not preloaded) and anon_bytes: malloc's peak and RssAnon's sampled peak in the step,
-    both above the process without what the program keeps. The step must not be the program's first, whose arena pages are still
-    untouched."""
+    both above the process without what the program keeps. resident_bytes: VmHWM, the whole process (None where it can't be reset). The step
+    must not be the program's first, whose arena pages are still untouched."""
 
     malloc_bytes: int | None
     anon_bytes: int
+    resident_bytes: int | None
     result: Any
 
 
@@ -63,13 +64,18 @@ def meter_process(program: Program, leaves: list[Any]) -> ProcessReading:
     """Run one step and measure malloc's peak and RssAnon's."""
     program.arrange()
     kept_bytes = kept_storage_bytes(program, leaves) + program.engine.arena.nbytes
+    return meter_call(lambda: program.run(leaves), kept_bytes)
+
+
+def meter_call(call: Callable[[], Any], kept_bytes: int) -> ProcessReading:
+    """Make one call, before which `kept_bytes` of what counts are in memory, and measure the same."""
     malloc = MallocMeter() if MallocMeter.available() else None
     with PeakRss() as peak:
         before_bytes = malloc.reset_peak() if malloc else 0
-        result = program.run(leaves)
+        result = call()
         grown_bytes = malloc.peak_bytes - before_bytes if malloc else 0
     anon_bytes = kept_bytes + peak.peak_anon_bytes - peak.before.anon_bytes
-    return ProcessReading(kept_bytes + grown_bytes if malloc else None, anon_bytes, result)
+    return ProcessReading(kept_bytes + grown_bytes if malloc else None, anon_bytes, peak.peak_rss_bytes, result)
 
 
 def kept_tensors(program: Program, leaves: list[Any]) -> Iterator[torch.Tensor]:
@@ -85,6 +91,10 @@ def kept_tensors(program: Program, leaves: list[Any]) -> Iterator[torch.Tensor]:
 
 def kept_storage_bytes(program: Program, leaves: list[Any]) -> int:
     """Bytes of the storages of `kept_tensors`, each once."""
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept_tensors(program, leaves)}
-    return sum(storages.values())
+    return storage_bytes(kept_tensors(program, leaves))
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the storages of some tensors, each once."""
+    return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
