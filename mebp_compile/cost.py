@@ -25,6 +25,7 @@ from mebp_compile.graph import Arg, Const, Graph, LoopChoice, Op, Ref, Value, in
 from mebp_compile.loop_cost import loop_requests, price_loop
 from mebp_compile.lower.stream import Record
 from mebp_compile.measure.disk import measure_disk
+from mebp_compile.measure.interference import measure_interference
 from mebp_compile.measure.ops import measure_ops
 from mebp_compile.measure.process import available_memory_bytes
 from mebp_compile.planning import Costs, OpCost
@@ -33,9 +34,7 @@ CALL_US = 2  # what Python needs to make any call
 ROW_US = 10  # one row of a table, read from disk and dequantised
 SORT_BYTES = 96  # for each id: its sorted copy, permutation, inverse and their scratch
 LOOK_UP_BYTES = 65536
-NO_DISK = (1000.0, 500.0, 100)
 CACHE_BYTES = 4 << 30  # of available memory, from which on the page cache is taken to hold the files of a step
-CACHED_LATENCY_US = 30  # of the transfer thread
 Json = dict[str, Any]
 Progress = Callable[[str], None] | None
 FILLED_LIKE = {"bool": "mask", "uint8": "index:16", "int64": "index:2", "int32": "index:2"}
@@ -53,8 +52,13 @@ def measure_costs(
     costs = {op.name: _op_cost(graph, op, results, wanted[op.name], records or {}) for op in graph.ops}
     ops = tuple(replace(op, menu=_priced(graph, op, loops[op.name], results)) if op.menu else op for op in graph.ops)
     disk = table.disk(options.offload_dir) if options.offload_dir is not None else None
-    speeds = (disk["read"], disk["write"], disk["latency"]) if disk else NO_DISK
-    return Costs(costs, speeds[0], speeds[1], int(speeds[2]), True), replace(graph, ops=ops)
+    speeds = {} if disk is None else {
+        "read_bytes_per_us": disk["read"],
+        "write_bytes_per_us": disk["write"],
+        "latency_us": int(disk["latency"]),
+        "interference": disk["interference"],
+    }
+    return Costs(costs, measured=True, **speeds), replace(graph, ops=ops)
 
 
 # --- what is asked of the child ---
@@ -151,7 +155,7 @@ def _priced(graph: Graph, op: Op, requests: dict[int, tuple[Json, Json | None]],
 def fingerprint() -> Json:
     """All that a measured time depends on."""
     model = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-    return {"cpu": model, "cores": os.cpu_count(), "torch": torch.__version__, "threads": torch.get_num_threads(), "kernels": _kernels(), "format": 3}
+    return {"cpu": model, "cores": os.cpu_count(), "torch": torch.__version__, "threads": torch.get_num_threads(), "kernels": _kernels(), "format": 4}
 
 
 def _kernels() -> list[bool]:
@@ -211,18 +215,29 @@ class CostTable:
         return self.known
 
     def disk(self, folder: Path) -> Json:
-        """What transfers to and from `folder` take: bytes a microsecond for "read" and "write", and "latency" in microseconds.
+        """What transfers to and from `folder` take: bytes a microsecond for "read" and "write", "latency" in microseconds, and the share
+        "interference" of their time by which they delay compute.
 
-        Where the system has memory to spare, files of a step stay in its page cache, and transfers run at the cache's speed.
+        Where the system has memory to spare, files of a step stay in its page cache, and transfers run at the cache's speed. A transfer
+        that waits for the disk copies no more bytes than one that does not, over a longer time.
         """
         key = f"disk:{os.stat(folder).st_dev}" if folder.exists() else f"disk:{folder}"
         key += ":cached" if available_memory_bytes() >= CACHE_BYTES else ""
         if key not in self.known:
-            speed = measure_disk(folder)
-            latency = speed.latency_us
-            self.known[key.removesuffix(":cached")] = {"read": speed.read_bytes_per_us, "write": speed.write_bytes_per_us, "latency": latency}
-            cached = {"read": speed.cached_read_bytes_per_us, "write": speed.cached_write_bytes_per_us, "latency": CACHED_LATENCY_US}
-            self.known[key.removesuffix(":cached") + ":cached"] = cached
+            speed, share = measure_disk(folder), measure_interference(folder)
+            copying = min(1.0, speed.read_bytes_per_us / speed.cached_read_bytes_per_us)
+            self.known[key.removesuffix(":cached")] = {
+                "read": speed.read_bytes_per_us,
+                "write": speed.write_bytes_per_us,
+                "latency": speed.latency_us,
+                "interference": share * copying,
+            }
+            self.known[key.removesuffix(":cached") + ":cached"] = {
+                "read": speed.cached_read_bytes_per_us,
+                "write": speed.cached_write_bytes_per_us,
+                "latency": speed.cached_latency_us,
+                "interference": share,
+            }
             self._save()
         return self.known[key]
 

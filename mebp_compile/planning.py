@@ -45,6 +45,7 @@ class Costs:
     read_bytes_per_us: float = 1000.0
     write_bytes_per_us: float = 500.0
     latency_us: int = 100
+    interference: float = 0.0
     measured: bool = False
 
 
@@ -109,6 +110,7 @@ def build_problem(
         read_bytes_per_us=costs.read_bytes_per_us,
         write_bytes_per_us=costs.write_bytes_per_us,
         latency_us=costs.latency_us,
+        interference=costs.interference,
         can_offload=offload,
         name=graph.name,
     )

@@ -61,7 +61,9 @@ class _Streams:
         speed = self.problem.write_bytes_per_us if write else self.problem.read_bytes_per_us
         start = max(self.clock, self.disk)
         size_bytes = self.problem.storages[step.storage].size_bytes
-        self.disk = start + self.problem.latency_us + math.ceil(size_bytes / speed)
+        duration = self.problem.latency_us + math.ceil(size_bytes / speed)
+        self.disk = start + duration
+        self.clock += math.floor(self.problem.interference * duration)
         self.pending[step.storage] = Transfer(step.storage, write, number, -1, start, self.disk)
 
     def wait(self, storage: int, number: int) -> None:
@@ -71,7 +73,8 @@ class _Streams:
 
 
 def clocks(problem: Problem, schedule: Schedule) -> Clocks:
-    """The clocks of every step, by the rules of `solvers.check`: a Run takes its choice's time, a Wait what is left of its transfer."""
+    """The clocks of every step, by the rules of `solvers.check`: a Run takes its choice's time, the
+    start of a transfer what it costs compute, a Wait what is left of its transfer."""
     streams, start, end = _Streams(problem), [], []
     for number, step in enumerate(schedule.steps):
         start.append(streams.clock)

@@ -211,9 +211,11 @@ class _Machine:
         self.record(self.live_bytes)
 
     def transfer(self, size_bytes: int, bytes_per_us: float) -> int:
-        """Queue a transfer on the disk stream; returns the time at which it is complete."""
+        """Queue a transfer on the disk stream, which delays compute; returns the time at which it is complete."""
         start = max(self.clock, self.disk_clock)
-        self.disk_clock = start + self.problem.latency_us + math.ceil(size_bytes / bytes_per_us)
+        duration = self.problem.latency_us + math.ceil(size_bytes / bytes_per_us)
+        self.disk_clock = start + duration
+        self.clock += math.floor(self.problem.interference * duration)
         return self.disk_clock
 
     def offload(self, storage: int) -> None:

@@ -28,13 +28,14 @@ def first_decisions(tables: Tables) -> Decisions:
     return Decisions(choice)
 
 
-def descend(tables: Tables, transfer_weight: float, patience: int = 12) -> Iterator[State]:
+def descend(tables: Tables, transfer_weight: float, choice: list[int] | None = None, patience: int = 12) -> Iterator[State]:
     """States of falling peak, from keep-all on; ends where nothing helps for `patience` rounds.
 
-    transfer_weight: what an overlapped transfer counts, as a fraction of its duration.
+    transfer_weight: what an overlapped transfer counts, as a fraction of its duration. choice: for every op the way to begin with; the
+    fastest without it.
     """
     small = len(tables.problem.ops) <= SMALL_OPS
-    state = evaluate(tables, first_decisions(tables))
+    state = evaluate(tables, Decisions(list(choice)) if choice else first_decisions(tables))
     yield state
     rates = Rates(transfer_weight, 0 if small else int(state.profile.peak_bytes * TINY_FRACTION))
     rates.price_us_per_byte = 0.01 * (state.profile.compute_us + 1) / (state.profile.peak_bytes + 1)

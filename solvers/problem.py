@@ -73,7 +73,8 @@ class Storage:
 class Problem:
     """Ops in their fixed base order, the storages they use, the budget and the speed of the disk.
 
-    constant_bytes are live throughout. Each transfer takes latency_us + ceil(size / bandwidth).
+    constant_bytes are live throughout. Each transfer takes latency_us + ceil(size / bandwidth), and delays compute by the share
+    `interference` of that, rounded down: copying takes a core, or memory bandwidth.
     can_offload=False forbids writes to disk; reading persistent storages whose home is the disk stays possible.
     """
 
@@ -84,6 +85,7 @@ class Problem:
     read_bytes_per_us: float = 1000.0
     write_bytes_per_us: float = 500.0
     latency_us: int = 50
+    interference: float = 0.0
     can_offload: bool = True
     name: str = ""
 
@@ -153,6 +155,8 @@ def _validate_numbers(problem: Problem) -> None:
     for field in ("read_bytes_per_us", "write_bytes_per_us"):
         if not getattr(problem, field) > 0:
             raise ProblemError(f"{field} must be positive, not {getattr(problem, field)!r}")
+    if not 0 <= problem.interference <= 1:
+        raise ProblemError(f"interference must be a share from 0 to 1, not {problem.interference!r}")
 
 
 def _validate_storages(problem: Problem) -> None:

@@ -12,7 +12,7 @@ from solvers.decode import Tables
 from solvers.emit import emit, overlapped, synchronous
 from solvers.evict import State
 from solvers.greedy import descend
-from solvers.improve import refill, search
+from solvers.improve import refill, score, search
 from solvers.problem import Problem
 from solvers.schedule import Schedule, format_bytes
 
@@ -23,6 +23,7 @@ READ_MARGINS = (1.0, 1.5, 2.5)
 SEARCH_ROUNDS = 400
 GOOD_ENOUGH = 1.005  # times the bound: no second greedy path
 EXACT_OPS = 40
+ALL_USED = 0.9  # of the budget
 
 
 class Infeasible(ValueError):
@@ -130,29 +131,46 @@ def _offer_greedy(
     """Walk down each greedy path to the budget, refill, search; returns the smallest peak of each path walked."""
     smallest_found: list[int] = []
     bound = roofline_us(tables.problem)
-    for walked in (*TRANSFER_WEIGHTS, TIGHTEST):
+    for walked in (*_weights(tables.problem), TIGHTEST):
         if best.report and (walked == TIGHTEST or best.report.time_us <= GOOD_ENOUGH * bound or time.monotonic() > deadline):
             break
-        weight = walked or TRANSFER_WEIGHTS[0]
+        weight = walked or _weights(tables.problem)[0]
         path = list(_until_fit(tables, walked))
         smallest_found.append(min(state.profile.peak_bytes for state in path))
         if smallest_found[-1] > tables.problem.budget_bytes:
             continue
-        state = path[-1]
-        _offer_state(tables, best, state, "greedy")
-        state = refill(tables, state, weight)
-        _offer_state(tables, best, state, "greedy")
+        state = min(_filled(tables, best, path[-1], weight), key=lambda state: score(state, weight))
         if progress and best.report:
             progress(f"greedy (transfers x {weight}): {best.report.time_us / 1e6:.4f} s")
         if effort != "fast" and best.report and best.report.time_us > bound:
-            share = time.monotonic() + (deadline - time.monotonic()) / (2 if weight == TRANSFER_WEIGHTS[0] else 1)
+            share = time.monotonic() + (deadline - time.monotonic()) / (2 if weight < 1 else 1)
             _offer_state(tables, best, search(tables, state, weight, share, SEARCH_ROUNDS, seed, progress), "search")
     return smallest_found
 
 
-def _until_fit(tables: Tables, weight: float) -> Iterator[State]:
+def _weights(problem: Problem) -> list[float]:
+    """What an overlapped transfer may count, as a fraction of its duration: never less than it delays compute."""
+    return sorted({max(weight, problem.interference) for weight in TRANSFER_WEIGHTS})
+
+
+def _filled(tables: Tables, best: _Best, state: State, weight: float) -> Iterator[State]:
+    """The state, refilled; and, where it leaves much of the budget unused (an op run in another way freed more at once than was asked
+    for), the end of a second path, which begins with the ways that the first one ended with."""
+    _offer_state(tables, best, state, "greedy")
+    refilled = refill(tables, state, weight)
+    _offer_state(tables, best, refilled, "greedy")
+    yield refilled
+    if refilled.profile.peak_bytes < ALL_USED * tables.problem.budget_bytes:
+        *_, again = _until_fit(tables, weight, state.decisions.choice)
+        if again.profile.peak_bytes <= tables.problem.budget_bytes:
+            again = refill(tables, again, weight)
+            _offer_state(tables, best, again, "greedy")
+            yield again
+
+
+def _until_fit(tables: Tables, weight: float, choice: list[int] | None = None) -> Iterator[State]:
     """The greedy path up to its first state within the budget."""
-    for state in descend(tables, weight):
+    for state in descend(tables, weight, choice):
         yield state
         if state.profile.peak_bytes <= tables.problem.budget_bytes:
             return

@@ -29,7 +29,8 @@ class DiskSpeed:
     """Bandwidths of long transfers in 1-8 MiB blocks (bytes per microsecond = MB/s) and the latency of a small read.
 
     read: from the disk, after the pages were written back and evicted. write: until the bytes are on the disk (fsync).
-    cached_*: the same through the page cache, which is what a scratch file much smaller than the free memory sees.
+    cached_*: the same through the page cache, which is what a scratch file much smaller than the free memory sees; its latency is that
+    of the transfer thread, from submitting a small read to having waited for it.
     `evicted` is False where eviction did not work, so that `read_bytes_per_us` and `latency_us` are the cache's, and
     None where that can't be told.
     """
@@ -39,6 +40,7 @@ class DiskSpeed:
     latency_us: float
     cached_read_bytes_per_us: float
     cached_write_bytes_per_us: float
+    cached_latency_us: float
     evicted: bool | None
     filesystem: str
 
@@ -170,9 +172,10 @@ def measure_disk(directory: Path | str, size_bytes: int = 64 << 20, allow_tmpfs:
         durable_write, cached_write = _rate(size_bytes, write_and_sync), _rate(size_bytes, write)
         evicted = _evict(fd)
         cold_read, cached_read = _rate(size_bytes, read), _rate(size_bytes, read)
+        cached_latency = _round_trip_us(thread, fd)
         _evict(fd)
         latency = _latency_us(fd, max(size_bytes, SMALL_BYTES))
-    return DiskSpeed(cold_read, durable_write, latency, cached_read, cached_write, evicted, filesystem_type(folder))
+    return DiskSpeed(cold_read, durable_write, latency, cached_read, cached_write, cached_latency, evicted, filesystem_type(folder))
 
 
 def _each(
@@ -202,6 +205,16 @@ def _evict(fd: int) -> bool | None:
     except OSError:
         return None
     return False
+
+
+def _round_trip_us(thread: DiskThread, fd: int) -> float:
+    """Median time of a 4 KiB read of what the page cache holds, through the thread."""
+    buffer, samples = memoryview(bytearray(SMALL_BYTES)), []
+    for _ in range(SMALL_READS):
+        start_ns = time.perf_counter_ns()
+        thread.submit_read(fd, 0, buffer).wait()
+        samples.append((time.perf_counter_ns() - start_ns) / 1000)
+    return statistics.median(samples)
 
 
 def _latency_us(fd: int, size_bytes: int) -> float:

@@ -181,12 +181,12 @@ class Engine:
         assert self.weights is not None
         if packed is None:
             return self.weights.read_rows(name, tile.start, tile.stop)
-        return dequantise_rows(self.weights.packed(name, packed), tile.start, tile.stop, self.weights.dense(name, rows=tile))
+        return dequantise_rows(self.weights.packed(name, packed), tile.start, tile.stop, self.weights.tile(name, rows=tile))
 
     def columns(self, name: str, packed: torch.Tensor, tile: slice) -> torch.Tensor:
         """Dense columns of a weight whose record is in memory."""
         assert self.weights is not None
-        return dequantise_columns(self.weights.packed(name, packed), tile.start, tile.stop, self.weights.dense(name, columns=tile))
+        return dequantise_columns(self.weights.packed(name, packed), tile.start, tile.stop, self.weights.tile(name, columns=tile))
 
     def embedding(self, name: str, ids: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """The rows `ids` of a table on disk, dequantised: shape [*ids.shape, columns]. Reads no other row."""
@@ -202,7 +202,12 @@ class Engine:
     def tiles(self, width: int, trips: int) -> Iterator[slice]:
         """The tiles of `width` columns in `trips` parts; the last one may be narrower."""
         size = tile_size(width, trips)
-        return (slice(start, min(start + size, width)) for start in range(0, width, size))
+        try:
+            for start in range(0, width, size):
+                yield slice(start, min(start + size, width))
+        finally:
+            if self.weights is not None:
+                self.weights.end_tiles()
 
 
 def _arena(size_bytes: int) -> torch.Tensor:

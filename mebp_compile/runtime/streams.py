@@ -28,6 +28,7 @@ class WeightStream:
     ) -> None:
         self.store, self.weights, self.records, self.thread = store, dict(weights), dict(records), thread
         self._pending: dict[str, Ticket] = {}
+        self._tile: torch.Tensor | None = None
         self.at_home = resident
         self.resident = {name: self._load(name) for name in sorted(resident)}
 
@@ -69,15 +70,28 @@ class WeightStream:
         entry = self.store.entry(self.weights[name][0])
         return view_record(scheme_named(entry.scheme), entry.record, entry.shape, buffer)
 
-    def dense(self, name: str, rows: slice | None = None, columns: slice | None = None) -> torch.Tensor:
-        """An uninitialised dense weight, or some rows or columns of one."""
+    def dense(self, name: str) -> torch.Tensor:
+        """An uninitialised dense weight."""
+        entry, dtype = self.weights[name]
+        return torch.empty(self.store.entry(entry).shape, dtype=dtype)
+
+    def tile(self, name: str, rows: slice | None = None, columns: slice | None = None) -> torch.Tensor:
+        """Uninitialised dense rows or columns of a weight, in memory that the tiles of a Loop share: the next one overwrites it."""
         entry, dtype = self.weights[name]
         shape = list(self.store.entry(entry).shape)
         if rows is not None:
             shape[0] = rows.stop - rows.start
         if columns is not None:
             shape[1] = columns.stop - columns.start
-        return torch.empty(shape, dtype=dtype)
+        size_bytes = math.prod(shape) * dtype.itemsize
+        if self._tile is None or self._tile.nbytes < size_bytes:
+            self._tile = None  # before its successor is made
+            self._tile = torch.empty(size_bytes, dtype=torch.uint8)
+        return self._tile[:size_bytes].view(dtype).view(shape)
+
+    def end_tiles(self) -> None:
+        """A Loop is over: its memory goes."""
+        self._tile = None
 
     def read_rows(self, name: str, first: int, last: int) -> torch.Tensor:
         """Dense rows [first, last) straight from disk."""
@@ -85,7 +99,7 @@ class WeightStream:
         rows = last - first
         buffer = torch.empty(self.store.rows_bytes(entry, rows), dtype=torch.uint8)
         self.store.read_rows_into(entry, first, last, buffer)
-        return dequantise_rows(self.store.packed(entry, buffer, rows), 0, rows, self.dense(name, rows=slice(0, rows)))
+        return dequantise_rows(self.store.packed(entry, buffer, rows), 0, rows, self.tile(name, rows=slice(0, rows)))
 
     def look_up(self, name: str, ids: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         """Dense rows `ids` of a table: shape [*ids.shape, columns]."""

@@ -97,6 +97,7 @@ def small(seed: int) -> Problem:
         "read_bytes_per_us": 10.0,
         "write_bytes_per_us": 5.0,
         "latency_us": 1,
+        "interference": draw.choice([0.0, 0.25, 1.0]),
         "can_offload": draw.random() < 0.7,
         "name": f"small {seed}",
     }

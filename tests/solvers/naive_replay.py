@@ -118,7 +118,9 @@ def time_us(problem: Problem, schedule: Schedule) -> int:
         elif isinstance(step, Offload | Prefetch):
             speed = problem.write_bytes_per_us if isinstance(step, Offload) else problem.read_bytes_per_us
             duration = ceil(problem.storages[step.storage].size_bytes / Fraction(speed))
-            disk = max(disk, compute) + problem.latency_us + duration
+            duration += problem.latency_us
+            disk = max(disk, compute) + duration
+            compute += int(problem.interference * duration)
             done[step.storage] = disk
         elif isinstance(step, Wait):
             compute = max(compute, done[step.storage])
