@@ -24,6 +24,7 @@ from mebp_compile.errors import BudgetInfeasible, MebpError, OptionError, StepPo
 from mebp_compile.graph import Graph
 from mebp_compile.lower import drop_gradients, lower
 from mebp_compile.lower.stream import stream_weights
+from mebp_compile.lower.tables import split_tables
 from mebp_compile.passes import better_tier, run_passes
 from mebp_compile.planning import Plan, build_problem, make_plan
 from mebp_compile.runtime.ahead import state_after
@@ -91,6 +92,8 @@ def build(
     for note in run_passes(traced.module, options.numerics):
         tell(note)
     graph, saves = _lowered(traced, options)
+    if options.offload_dir is not None:
+        graph = split_tables(graph, options.budget_bytes, tell)
     graph = stream_weights(graph, records)
     costs, graph = measure_costs(graph, options, records, tell)
     problem = build_problem(graph, costs, options.budget_bytes, options.offload_dir is not None)

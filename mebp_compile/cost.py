@@ -70,7 +70,7 @@ def _request(graph: Graph, op: Op, records: dict[str, Record]) -> Json | None:
         return None
     if op.target == "run.dequantise":
         return _dequantise_request(graph, op, records)
-    if op.target == "run.embedding":
+    if op.target in ("run.embedding", "run.table_rows"):
         return None
     request: Json = {
         "target": op.target,
@@ -113,7 +113,7 @@ def _tensor(value: Value) -> Json:
 def _op_cost(graph: Graph, op: Op, results: dict[str, Json], request: Json | None, records: dict[str, Record]) -> OpCost:
     """Of one op as measured; by its own rule for a lookup on disk; and where the op alone could not be measured, with room for all
     that it touches."""
-    if op.target == "run.embedding":
+    if op.target in ("run.embedding", "run.table_rows"):
         return _look_up_cost(graph, op, records)
     if request is None or "error" not in results.get(_key(request), {}):
         return _cost(results, request)
@@ -122,13 +122,14 @@ def _op_cost(graph: Graph, op: Op, results: dict[str, Json], request: Json | Non
 
 
 def _look_up_cost(graph: Graph, op: Op, records: dict[str, Record]) -> OpCost:
-    """Rows of a table on disk: the packed and the dense rows, and what sorting the ids for `torch.unique` takes; each row is a small
-    read."""
-    packed = next(storage for storage in graph.storages if storage.role == "weight" and storage.name == f"{op.args[0]}_packed")
-    record = records[packed.source.replace("weight:", "parameter:", 1)]
+    """Rows of a table on disk: the dense and, where they are, the packed rows, and what sorting the ids for `torch.unique` takes; each row is
+    a small read."""
     count = math.prod(graph.value[op.args[1].name].shape)
-    dense_bytes = graph.storages[op.creates[0]].size_bytes
-    packed_bytes = -(-record.size_bytes // record.codes_shape[0]) * count
+    dense_bytes, packed_bytes = graph.storages[op.creates[0]].size_bytes, 0
+    if op.target == "run.embedding":
+        packed = next(storage for storage in graph.storages if storage.role == "weight" and storage.name == f"{op.args[0]}_packed")
+        record = records[packed.source.replace("weight:", "parameter:", 1)]
+        packed_bytes = -(-record.size_bytes // record.codes_shape[0]) * count
     return OpCost(CALL_US + ROW_US * count, dense_bytes + packed_bytes + SORT_BYTES * count + LOOK_UP_BYTES)
 
 

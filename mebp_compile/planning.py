@@ -166,7 +166,8 @@ def _op(op: Op, cost: OpCost) -> solvers.Op:
         solvers.Choice(choice.reads, choice.workspace_bytes, max(1, choice.time_us), choice.trips, choice.disk_bytes) for choice in op.menu
     )
     optional = op.target == "run.dequantise"  # its readers may all take choices that read the packed weight
-    return solvers.Op(op.name, (plain, *loops), op.creates, op.writes, op.rng, True, op.phase, op.module, optional)
+    again = op.target != "run.table_rows"  # reads what lies on disk as it was before the step
+    return solvers.Op(op.name, (plain, *loops), op.creates, op.writes, op.rng, again, op.phase, op.module, optional)
 
 
 def make_plan(

@@ -161,7 +161,9 @@ def _rewrite(graph: torch.fx.Graph, loss: _Loss) -> None:
         for node in loss.to_weight:
             with graph.inserting_before(node):
                 args = (scale, x, loss.weight, target, softmax, count, reduction, ignored, ROWS)
-                node.replace_all_uses_with(_new(graph, mebp.head_gradient.default, args, node))
+                made = _new(graph, mebp.head_gradient.default, args, node)
+            node.replace_all_uses_with(made)
+            _refresh_views(made)
     _erase(graph, {*loss.inside, *loss.to_input, *loss.to_weight, *(user for user in loss.nll.users)})
 
 
@@ -173,6 +175,15 @@ def _new(graph: torch.fx.Graph, target: Any, args: tuple[Any, ...], like: Node, 
     with torch_private.mode_of(like.meta["val"]):
         node.meta["val"] = target(*fakes, **kwargs)
     return node
+
+
+def _refresh_views(node: Node) -> None:
+    """Views of what a node made before are views of what it makes now."""
+    for user in node.users:
+        if user.target in (aten.t.default, aten.view.default, aten.detach.default, aten.alias.default):
+            with torch_private.mode_of(node.meta["val"]):
+                user.meta["val"] = user.target(*torch.fx.map_arg(user.args, lambda arg: arg.meta["val"]))
+            _refresh_views(user)
 
 
 def _erase(graph: torch.fx.Graph, gone: set[Node]) -> None:

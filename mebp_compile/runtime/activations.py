@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from mebp_compile.errors import DiskError, MebpError
 from mebp_compile.measure.disk import open_scratch, refuse_memory_disk
-from mebp_compile.measure.transfer import DiskThread, Ticket, memory_of
+from mebp_compile.measure.transfer import DiskThread, Ticket, memory_of, read_all
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +79,14 @@ class ActivationStore:
                 f"prefetch of {name}: its slot was never written, or another storage was written over it", ORDER_FIX
             )
         self._pending[name] = self._thread.submit_read(self._fd, slot.offset, memory)
+
+    def read_part(self, name: str, offset: int, buffer: torch.Tensor) -> None:
+        """Read bytes of a slot, from byte `offset` of it on, and wait for them; no write of it may be under way."""
+        slot, pending = self.slots[name], self._pending.get(name)
+        written = name in self._valid and (pending is None or pending.kind == "read")
+        if not written or offset + buffer.nbytes > slot.size_bytes:
+            raise DiskError(f"{buffer.nbytes} bytes at {offset} of {name} can't be read now", ORDER_FIX)
+        read_all(self._fd, slot.offset + offset, memory_of(buffer))
 
     def wait(self, name: str) -> None:
         """Block until the transfer of `name` is over; raises DiskError if it failed or if there is none."""

@@ -6,6 +6,7 @@ Memory: `at` gives views of one arena, `new` asks the allocator. Persistent tens
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from mebp_compile.runtime.activations import ActivationStore
 from mebp_compile.runtime.homes import ProgramHomes
 from mebp_compile.runtime.state import Getter, LiveState
 from mebp_compile.runtime.streams import WeightStream
+from mebp_compile.runtime.tables import parent_of
 
 ARENA_ALIGN = 64
 
@@ -35,7 +37,11 @@ class Engine:
         homes: ProgramHomes | None = None,
     ) -> None:
         self.live = live
-        self.getters: dict[str, Getter] = {name: live.getter(source) for name, source in sources.items()}
+        blocks = {name: source for name, source in sources.items() if "#" in source}
+        self.getters: dict[str, Getter] = {name: live.getter(source) for name, source in sources.items() if name not in blocks}
+        if homes is not None:
+            self.getters |= {name: functools.partial(homes.homes.block, source) for name, source in blocks.items()}
+        self.tables = {name.rpartition("_rows_")[0]: parent_of(source) for name, source in blocks.items()}
         self.arena = _arena(arena_bytes)
         self.activations = activations
         self.weights = weights
@@ -192,6 +198,11 @@ class Engine:
         """The rows `ids` of a table on disk, dequantised: shape [*ids.shape, columns]. Reads no other row."""
         assert self.weights is not None
         return self.weights.look_up(name, ids, out)
+
+    def table_rows(self, name: str, ids: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The rows `ids` of a trained table in blocks, as they were before the step: shape [*ids.shape, columns]."""
+        assert self.homes is not None
+        return self.homes.homes.look_up(self.tables[name], ids, out)
 
     # --- the tiled loss ---
 

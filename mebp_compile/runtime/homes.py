@@ -24,6 +24,7 @@ from mebp_compile.capture import State
 from mebp_compile.errors import DiskError, MebpError
 from mebp_compile.measure.transfer import DiskThread
 from mebp_compile.runtime.activations import ActivationStore, Slot
+from mebp_compile.runtime.tables import Table, by_parent, parent_of
 
 SLOT_ALIGN = 4096
 PLACE_FIX = "call materialise() on the compiled step before you replace or reinitialise parameters and optimizer state"
@@ -97,6 +98,13 @@ class HomeStore:
         file.prefetch(slot, buffer)
         self._pending[name] = (file, slot)
 
+    def read_part(self, name: str, offset: int, buffer: torch.Tensor) -> None:
+        """Read bytes of the committed generation, from byte `offset` on, and wait for them."""
+        home = self._homes[name]
+        assert home.current is not None
+        file, slot = home.slots[home.current]
+        file.read_part(slot, offset, buffer)
+
     def wait(self, name: str) -> None:
         """Complete the transfer of a storage; raises DiskError if it failed."""
         file, slot = self._pending.pop(name)
@@ -131,25 +139,34 @@ class Homes:
         self.state = state
         self.thread = DiskThread()
         self.store = HomeStore(directory, self.thread)
-        self._parked: dict[str, _Parked] = {}  # on disk, by source
+        self._parked: dict[str, _Parked] = {}  # on disk, or in blocks, by source
+        self._tables: dict[str, Table] = {}  # in blocks, by source
         self._out: dict[str, _Parked] = {}  # at home in memory, but out of it for a part of the running step
+        self._out_blocks: dict[str, torch.Tensor] = {}  # the same for blocks: meta tensors of their geometry
 
     @property
     def away(self) -> frozenset[str]:
         """Sources of what lies on disk now."""
         return frozenset(self._parked)
 
-    def arrange(self, away: frozenset[str]) -> None:
+    def arrange(self, away: frozenset[str], held: frozenset[str] = frozenset()) -> None:
         """Put exactly the sources `away` on disk and everything else in memory; what leaves goes first. Runs between steps.
 
+        `held`: blocks of tables that are in memory, beside those in `away` that are not.
         Raises MebpError, with everything either here or there, where a tensor can't leave.
         """
         found = _tensors(self.state)
+        tables = by_parent(away | held)
+        away = frozenset(source for source in away if "#" not in source) | tables.keys()
         for source, parked in list(self._parked.items()):
             if found.get(source) is not parked.owner or parked.owner.device.type != "meta":
                 del self._parked[source]  # the user put another tensor there, which counts
+                self._tables.pop(source, None)
+        for source, table in list(self._tables.items()):
+            if tables.get(source) != table.blocks or table.held.keys() != held & set(table.blocks):
+                self._return(source)
         for source in sorted(away - self._parked.keys()):
-            self._leave(source, found.get(source))
+            self._leave(source, found.get(source), tables.get(source), held)
         for source in sorted(self._parked.keys() - away):
             self._return(source)
 
@@ -161,9 +178,22 @@ class Homes:
         """A copy of what lies on disk: the last committed generation."""
         owner = self._parked[source].owner
         buffer = torch.empty_strided(owner.shape, owner.stride(), dtype=owner.dtype)
+        if source in self._tables:
+            self._tables[source].gather(buffer)
+            return buffer
         self.store.read(source, buffer)
         self.store.wait(source)
         return buffer
+
+    def look_up(self, source: str, ids: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows of a table in blocks, as they were before this step: shape [*ids.shape, columns]."""
+        owner = self._parked[source].owner
+        result = torch.empty((*ids.shape, owner.shape[1]), dtype=owner.dtype) if out is None else out
+        return self._tables[source].look_up(ids, result)
+
+    def block(self, source: str) -> torch.Tensor:
+        """A block that is in memory."""
+        return self._tables[parent_of(source)].held[source]
 
     def loaders(self) -> dict[int, Callable[[], torch.Tensor]]:
         """For every object whose value lies on disk, by id: what reads a copy of it."""
@@ -171,31 +201,45 @@ class Homes:
 
     # --- one tensor ---
 
-    def _leave(self, source: str, tensor: torch.Tensor | None) -> None:
-        """Write a tensor to disk, then give up its memory."""
+    def _leave(self, source: str, tensor: torch.Tensor | None, blocks: tuple[str, ...] | None, held: frozenset[str]) -> None:
+        """Write a tensor to disk, whole or in blocks of which some are held in memory, then give up its own memory."""
         _check_can_leave(source, tensor)
         assert tensor is not None
+        table = Table(self.store, blocks or ())
         try:
-            self.store.write(source, tensor.detach())
-            self.store.wait(source)
+            if blocks is None:
+                self.store.write(source, tensor.detach())
+                self.store.wait(source)
+            else:
+                table.fill(tensor.detach(), held & set(blocks))
         except BaseException:
             self.store.abandon()
             raise
         self.store.commit()
         self._parked[source] = _park(tensor)
+        if blocks is not None:
+            self._tables[source] = table
 
     def _return(self, source: str) -> None:
         """Read a tensor back into memory."""
         buffer = self.load(source)
+        self._tables.pop(source, None)
         _unpark(self._parked.pop(source), buffer)
 
     def release(self, source: str) -> None:
         """In a step: a tensor at home in memory leaves it for a while (its bytes are in the step's own scratch file)."""
+        if "#" in source:
+            self._out_blocks[source] = self._tables[parent_of(source)].held.pop(source).to("meta")
+            return
         tensor = _tensors(self.state)[source]
         self._out[source] = _park(tensor)
 
     def adopt(self, source: str, buffer: torch.Tensor) -> None:
         """In a step: the tensor is back, in `buffer`, which becomes its memory."""
+        if "#" in source:
+            del self._out_blocks[source]
+            self._tables[parent_of(source)].held[source] = buffer
+            return
         _unpark(self._out.pop(source), buffer)
 
     def abandon(self) -> None:
@@ -204,6 +248,8 @@ class Homes:
         for source in tuple(self._out):
             owner = self._out[source].owner
             self.adopt(source, torch.empty_strided(owner.shape, owner.stride(), dtype=owner.dtype).zero_())
+        for source, block in tuple(self._out_blocks.items()):
+            self.adopt(source, torch.zeros_like(block, device="cpu"))
 
 
 @dataclass(frozen=True)
@@ -224,7 +270,7 @@ class ProgramHomes:
 
     def arrange(self) -> None:
         """Before a step."""
-        self.homes.arrange(frozenset(self.away.values()))
+        self.homes.arrange(frozenset(self.away.values()), frozenset(source for source in self.resident.values() if "#" in source))
 
     def offload(self, name: str, tensor: torch.Tensor) -> None:
         self.homes.store.write(self.away[name], tensor)
