@@ -5,6 +5,7 @@ A block's source is its tensor's with its rows: "parameter:model:embed_tokens.we
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -102,6 +103,6 @@ def by_parent(sources: Iterable[str]) -> dict[str, tuple[str, ...]]:
     result = {parent: tuple(sorted(blocks, key=rows_of)) for parent, blocks in found.items()}
     for parent, blocks in result.items():
         bounds = [rows_of(block) for block in blocks]
-        if bounds[0][0] or any(one[1] != other[0] for one, other in zip(bounds, bounds[1:], strict=False)):
+        if bounds[0][0] or any(one[1] != other[0] for one, other in itertools.pairwise(bounds)):
             raise MebpError(f"the blocks of {parent} leave rows out", "plan the step again")
     return result
