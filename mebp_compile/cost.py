@@ -88,7 +88,8 @@ def _dequantise_request(graph: Graph, op: Op, records: dict[str, Record]) -> Jso
     codes = {"tensor": {"shape": list(record.codes_shape), "dtype": "uint8", "fill": "index:16"}}
     scales = {"tensor": {"shape": list(record.scales_shape), "dtype": record.scales_dtype, "fill": "ones"}}
     args = [codes, scales, record.scheme, list(value.shape), {"dtype": value.dtype}]
-    return {"target": "mebp.dequantise.out", "args": args, "kwargs": {}, "out": [_tensor(value)], "out_names": ["out"]}
+    request = {"target": "mebp.dequantise.out", "args": args, "kwargs": {}, "out": [_tensor(value)], "out_names": ["out"]}
+    return {**request, "cold": True}  # the codes come from disk, and the weight is as large as a cache
 
 
 def _encode(graph: Graph, arg: Arg) -> Any:

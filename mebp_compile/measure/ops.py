@@ -9,6 +9,7 @@ Stride, dtype and fill may be left out (contiguous, float32, normal).
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import importlib
@@ -29,6 +30,7 @@ from mebp_compile.measure.process import set_malloc_thresholds
 TIME_PER_OP_US = 20_000.0
 MOST_RUNS = 50
 PATIENCE, AGREEMENT = 4, 1.1
+CACHES_BYTES = 96 << 20  # more than the caches of a core hold
 LARGE_OP_US = 50_000.0
 PATTERN_ELEMENTS = 1 << 20
 PART_BYTES = 16 << 20  # compared at a time
@@ -52,8 +54,8 @@ def measure_ops(
     call. Its result: {"time_us", "runs", "workspace_bytes", "retained_bytes", "once_bytes", "outputs": [{"shape",
     "stride", "dtype", "new_bytes"}]} where workspace_bytes is malloc's peak in the op beyond its retained_bytes (new
     storages; malloc's rounding of up to a page each is in it), once_bytes is what the first call left behind; both
-    are None where the malloc meter is not built. A request {"key", "kind": "equal", "inputs": {name: value}, "first":
-    source, "second": source} compares two function bodies over `torch` and `inputs` in raw bytes: {"equal": bool,
+    are None where the malloc meter is not built. "cold": true measures the time with other data in the caches. A
+    request {"key", "kind": "equal", "inputs": {name: value}, "first": source, "second": source} compares two function bodies over `torch` and `inputs` in raw bytes: {"equal": bool,
     "difference": text}. A request that fails, or kills the child, gives {"error": text}. `fresh_pages` makes malloc
     return memory at once, so that time_us includes the page faults of every output. `imports` names modules that
     register ops. Raises MeasureError when the child can't run at all or takes more than `timeout_s`.
@@ -131,7 +133,7 @@ def _measure_op(request: Json) -> Json:
     retained_bytes = sum(storage.nbytes() for storage in _new_storages(outputs, given))
     described = [_describe(tensor, given) for tensor in tree_leaves(outputs) if isinstance(tensor, torch.Tensor)]
     del outputs
-    time_us, runs = _fastest_us(call)
+    time_us, runs = _fastest_us(call, _forget_caches if request.get("cold") else _nothing)
     return {
         "time_us": time_us,
         "runs": runs,
@@ -169,20 +171,39 @@ def _malloc_of(call: Callable[[], Any], given: set[int], warm: bool) -> tuple[in
     return max(0, beyond_bytes - sum(storage.nbytes() for storage in _new_storages(outputs, given))), outputs
 
 
-def _fastest_us(call: Callable[[], Any]) -> tuple[float, int]:
-    """The shortest time of one call including the freeing of its outputs, and the number of calls.
+def _fastest_us(call: Callable[[], Any], before: Callable[[], None]) -> tuple[float, int]:
+    """The shortest time of one call including the freeing of its outputs, and the number of calls; `before` each of them is not timed.
 
     The minimum, not the median: what else the machine does can only add time, on shared cores up to a thousandfold (two OpenMP threads
     that wait for one core), and what it adds says nothing about the op. A minimum that no second call comes near is not believed yet:
     where others work on the machine, calls go on until two agree, or for PATIENCE times as long.
     """
-    samples = [_time_us(call)]
+
+    def sample() -> float:
+        before()
+        return _time_us(call)
+
+    samples = [sample()]
     runs = 2 if samples[0] > LARGE_OP_US else max(5, min(MOST_RUNS, int(TIME_PER_OP_US / max(samples[0], 1.0))))
-    samples += [_time_us(call) for _ in range(runs - 1)]
+    samples += [sample() for _ in range(runs - 1)]
     patience_us = PATIENCE * max(TIME_PER_OP_US, sum(samples))
     while not _agree(samples) and sum(samples) < patience_us:
-        samples.append(_time_us(call))
+        samples.append(sample())
     return min(samples), len(samples)
+
+
+def _nothing() -> None:
+    """Before a call that is measured with its inputs and outputs in the caches."""
+
+
+def _forget_caches() -> None:
+    """Before a call that is measured cold: other memory fills the caches, as the rest of a step does."""
+    _other_memory().add_(1)
+
+
+@functools.cache
+def _other_memory() -> torch.Tensor:
+    return torch.zeros(CACHES_BYTES, dtype=torch.uint8)
 
 
 def _agree(samples: list[float]) -> bool:
