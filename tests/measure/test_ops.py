@@ -100,7 +100,7 @@ def test_outputs_are_described(measured: dict[str, Json]) -> None:
     assert measured["view"]["outputs"] == [{"shape": [64], "stride": [1], "dtype": "float32", "new_bytes": 0}]
     retained = {key: result["retained_bytes"] for key, result in good_ops(measured).items()}
     sdpa = 128 * 4 * 64 * 2 + 128 * 4 * 4
-    expected = {"add": 360_000, "mm": 65536, "mm.out": 0, "view": 0, "inplace": 0, "cat": 180, "cast": 36}
+    expected = {"add": 360_000, "mm": 65536, "cold": 65536, "mm.out": 0, "view": 0, "inplace": 0, "cat": 180, "cast": 36}
     assert retained == expected | {"sdpa": sdpa, "embedding": 192, "max": retained["max"]}
 
 
