@@ -34,6 +34,7 @@ CALL_US = 2  # what Python needs to make any call
 ROW_US = 10  # one row of a table, read from disk and dequantised
 SORT_BYTES = 96  # for each id: its sorted copy, permutation, inverse and their scratch
 LOOK_UP_BYTES = 65536
+LOOP_BYTES_PER_US = 1000.0  # what a Loop reads from a store where no folder of the step's own says how fast its disk is
 CACHE_BYTES = 4 << 30  # of available memory, from which on the page cache is taken to hold the files of a step
 Json = dict[str, Any]
 Progress = Callable[[str], None] | None
@@ -50,8 +51,9 @@ def measure_costs(
     asked = [request for requests in loops.values() for pair in requests.values() for request in pair]
     results = table.lookup([*wanted.values(), *asked], progress)
     costs = {op.name: _op_cost(graph, op, results, wanted[op.name], records or {}) for op in graph.ops}
-    ops = tuple(replace(op, menu=_priced(graph, op, loops[op.name], results)) if op.menu else op for op in graph.ops)
     disk = table.disk(options.offload_dir) if options.offload_dir is not None else None
+    read_speed = disk["read"] if disk else LOOP_BYTES_PER_US
+    ops = tuple(replace(op, menu=_priced(graph, op, loops[op.name], results, read_speed)) if op.menu else op for op in graph.ops)
     speeds = {} if disk is None else {
         "read_bytes_per_us": disk["read"],
         "write_bytes_per_us": disk["write"],
@@ -139,7 +141,9 @@ def _cost(results: dict[str, Json], request: Json | None) -> OpCost:
     return OpCost(CALL_US + int(answer.get("time_us") or 0), int(answer.get("workspace_bytes") or 0))
 
 
-def _priced(graph: Graph, op: Op, requests: dict[int, tuple[Json, Json | None]], results: dict[str, Json]) -> tuple[LoopChoice, ...]:
+def _priced(
+    graph: Graph, op: Op, requests: dict[int, tuple[Json, Json | None]], results: dict[str, Json], read_bytes_per_us: float
+) -> tuple[LoopChoice, ...]:
     """The choices of an op's menu that were measured, and are bit-equal here where they must be, each with its workspace and time."""
     priced = []
     for choice in op.menu:
@@ -147,7 +151,7 @@ def _priced(graph: Graph, op: Op, requests: dict[int, tuple[Json, Json | None]],
         if "error" in results[_key(tile)] or (check and not results[_key(check)].get("equal")):
             continue
         one = _cost(results, tile)
-        priced.append(price_loop(graph, op, choice, one.time_us, one.workspace_bytes))
+        priced.append(price_loop(graph, op, choice, one.time_us, one.workspace_bytes, read_bytes_per_us))
     return tuple(priced)
 
 

@@ -12,7 +12,6 @@ from mebp_compile.lower.stream import MATMULS, tile_size
 
 COPY_BYTES_PER_US = 8000
 TRIP_US = 20  # what Python needs for one trip
-READ_BYTES_PER_US = 1000  # from the disk, inside a loop
 PACKED_SLACK_BYTES = 4096
 Json = dict[str, Any]
 
@@ -24,8 +23,8 @@ def loop_requests(graph: Graph, op: Op) -> dict[int, tuple[Json, Json | None]]:
     return {choice.trips: (_matmul_tile(graph, op, choice.trips), _check(graph, op, choice.trips)) for choice in op.menu}
 
 
-def price_loop(graph: Graph, op: Op, choice: LoopChoice, tile_us: int, tile_workspace_bytes: int) -> LoopChoice:
-    """The choice with the workspace and the time of the whole loop."""
+def price_loop(graph: Graph, op: Op, choice: LoopChoice, tile_us: int, tile_workspace_bytes: int, read_bytes_per_us: float) -> LoopChoice:
+    """The choice with the workspace and the time of the whole loop, which waits for what it reads from disk."""
     inner, width, itemsize = _weight(graph, op)
     size = tile_size(width, choice.trips)
     dense = size * inner * itemsize
@@ -35,7 +34,7 @@ def price_loop(graph: Graph, op: Op, choice: LoopChoice, tile_us: int, tile_work
     if op.target != TILED_LOSS:  # its tile's result is a new tensor, copied into its columns of the whole
         result = graph.value[op.outputs[0] or ""].shape[0] * size * itemsize
         workspace, copied = workspace + result, copied + result
-    time_us = choice.trips * (tile_us + copied // COPY_BYTES_PER_US + TRIP_US) + choice.disk_bytes // READ_BYTES_PER_US
+    time_us = choice.trips * (tile_us + copied // COPY_BYTES_PER_US + TRIP_US) + int(choice.disk_bytes / read_bytes_per_us)
     return replace(choice, workspace_bytes=workspace, time_us=time_us)
 
 
