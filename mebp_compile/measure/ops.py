@@ -56,9 +56,10 @@ def measure_ops(
     storages; malloc's rounding of up to a page each is in it), once_bytes is what the first call left behind; both
     are None where the malloc meter is not built. "cold": true measures the time with other data in the caches. A
     request {"key", "kind": "equal", "inputs": {name: value}, "first": source, "second": source} compares two function
-    bodies over `torch` and `inputs` in raw bytes: {"equal": bool, "difference": text}. A request that fails, or kills the child, gives {"error": text}. `fresh_pages` makes malloc
-    return memory at once, so that time_us includes the page faults of every output. `imports` names modules that
-    register ops. Raises MeasureError when the child can't run at all or takes more than `timeout_s`.
+    bodies over `torch` and `inputs` in raw bytes: {"equal": bool, "difference": text}. A request that fails, or kills
+    the child, gives {"error": text}. `fresh_pages` makes malloc return memory at once, so that time_us includes the
+    page faults of every output. `imports` names modules that register ops. Raises MeasureError when the child can't
+    run at all or takes more than `timeout_s`.
     """
     keys = [str(request["key"]) for request in requests]
     if len(set(keys)) != len(keys):
