@@ -74,7 +74,15 @@ class _Streaming:
                     made.add(storage)
                     ops.append(self._dequantise(storage, op))
             ops.append(self._with_menu(op))
+        self._forget_unread(ops)
         return replace(self.old, storages=tuple(self.storages), values=tuple(self.values), ops=tuple(ops), inputs=tuple(self.inputs))
+
+    def _forget_unread(self, ops: list[Op]) -> None:
+        """A record that is only looked up in is never in memory: it takes no bytes there."""
+        read = {storage for op in ops for storage in (*op.reads, *(s for choice in op.menu for s in choice.reads))}
+        for packed in self.packed.values():
+            if packed.storage not in read:
+                self.storages[packed.storage] = replace(self.storages[packed.storage], size_bytes=0)
 
     def _dequantise(self, storage: int, user: Op) -> Op:
         value, packed = self.dense[storage], self.packed[storage]
