@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from solvers.bounds import roofline_us, working_set
+from solvers.bounds import lower_bound_us, roofline_us, working_set
 from solvers.check import Report, ScheduleError, replay
 from solvers.decode import Tables
 from solvers.emit import emit, overlapped, synchronous
@@ -106,7 +106,7 @@ def solve(
     exact_bound = _offer_exact(problem, best, effort, deadline)
     if best.schedule is None or best.report is None:
         raise Infeasible(min(smallest_found), *working_set(problem))  # no path was skipped without a schedule
-    bound = roofline_us(problem)
+    bound = roofline_us(problem) if effort == "fast" else lower_bound_us(problem)
     gap = best.report.time_us / bound - 1 if bound else 0.0
     return Solution(best.schedule, best.report, bound, gap, best.method, exact_bound)
 
