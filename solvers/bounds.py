@@ -340,9 +340,9 @@ def _meet(needs: Needs, prices: Prices) -> tuple[float, _Plane]:
     if flow.solve(0, 1) != flow.OPTIMAL:
         raise ArithmeticError("the maximum flow was not found")
     side = set(flow.get_source_side_min_cut())
-    for (tail, head, _), way in zip(needs.arcs, best, strict=True):
-        if way is not None and tail in side and head not in side:
-            total = total.plus(way)
+    for (tail, head, _), taken in zip(needs.arcs, best, strict=True):
+        if taken is not None and tail in side and head not in side:
+            total = total.plus(taken)
     return cost + flow.optimal_flow() / SCALE, _Plane(total)
 
 

@@ -11,7 +11,9 @@ from solvers.check import replay
 from solvers.problem import Problem
 from solvers.solve import Infeasible, smallest, solve
 
-PROBLEMS = [layered(0, 24), layered(1, 60), layered(5, 90), transformer(3, 16, 8), replace(transformer(3, 16, 8), interference=0.6)]
+TINY = transformer(3, 16, 8)
+CHAINS = [replace(layered(seed, size), can_offload=False) for seed, size in ((2, 40), (1, 60), (5, 90))]
+PROBLEMS = [*CHAINS, TINY, replace(TINY, interference=0.6), replace(CHAINS[1], can_offload=True, interference=0.5)]
 
 
 @pytest.mark.parametrize("batch", range(4))
