@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from solvers.bounds import roofline_us, working_set
+from solvers.bounds import lower_bound_us, roofline_us, working_set
 from solvers.check import Report, ScheduleError, replay
-from solvers.decode import Tables
+from solvers.decode import Decisions, DecodeError, Tables
 from solvers.emit import emit, overlapped, synchronous
-from solvers.evict import State
-from solvers.greedy import descend
+from solvers.evict import Rates, State
+from solvers.greedy import SMALL_OPS, TINY_FRACTION, descend, evaluate, first_decisions, next_state
 from solvers.improve import refill, score, search
 from solvers.problem import Problem
-from solvers.schedule import Schedule, format_bytes
+from solvers.schedule import Run, Schedule, format_bytes
 
 EFFORTS = ("fast", "balanced", "proof")
 TRANSFER_WEIGHTS = (0.3, 1.0)
@@ -24,6 +24,10 @@ SEARCH_ROUNDS = 400
 GOOD_ENOUGH = 1.005  # times the bound: no second greedy path
 EXACT_OPS = 40
 ALL_USED = 0.9  # of the budget
+MODEL_SECONDS = 2.0  # with less time left the global model is not tried
+MODEL_SHARE = 0.7  # of the time left
+REPAIRS = 30
+MODEL_WORTH = 1.001  # times the bound: a schedule so good is left as it is
 
 
 class Infeasible(ValueError):
@@ -90,8 +94,8 @@ def solve(
 ) -> Solution:
     """The fastest schedule found within the budget.
 
-    effort: "fast" (greedy), "balanced" or "proof" (and search, and on problems of up to EXACT_OPS ops the exact model
-    for the rest of the limit; both are the same today). The limit cuts only what comes after the greedy answer.
+    effort: "fast" (greedy), "balanced" or "proof" (and a tighter bound, the global model, search from the best; on problems of up to
+    EXACT_OPS ops the exact model instead of the global one; both are the same today). The limit cuts only what comes after the greedy answer.
     hints: schedules to start from.
     Raises ProblemError for a malformed problem, Infeasible if nothing fits, ValueError for an unknown effort.
     """
@@ -102,11 +106,15 @@ def solve(
     tables, best = Tables(problem), _Best(problem)
     for hint in hints:
         best.offer(hint, "hint")
-    smallest_found = _offer_greedy(tables, best, effort, deadline, seed, progress)
+    bound = roofline_us(problem) if effort == "fast" else lower_bound_us(problem)
+    course = _Course(tables, best, deadline, seed, progress, bound)
+    smallest_found = _offer_greedy(course)
+    if effort != "fast":
+        _offer_model(course)
+        _offer_search(course)
     exact_bound = _offer_exact(problem, best, effort, deadline)
     if best.schedule is None or best.report is None:
         raise Infeasible(min(smallest_found), *working_set(problem))  # no path was skipped without a schedule
-    bound = roofline_us(problem)
     gap = best.report.time_us / bound - 1 if bound else 0.0
     return Solution(best.schedule, best.report, bound, gap, best.method, exact_bound)
 
@@ -125,14 +133,30 @@ def _tightness(state: State) -> tuple[int, int]:
     return state.profile.peak_bytes, state.profile.time_us
 
 
-def _offer_greedy(
-    tables: Tables, best: _Best, effort: str, deadline: float, seed: int, progress: Callable[[str], None] | None
-) -> list[int]:
-    """Walk down each greedy path to the budget, refill, search; returns the smallest peak of each path walked."""
-    smallest_found: list[int] = []
+@dataclass(slots=True)
+class _Course:
+    """What the parts of one solve share. states: what greedy paths and the model ended with, and the weight of transfers there."""
+
+    tables: Tables
+    best: _Best
+    deadline: float
+    seed: int
+    progress: Callable[[str], None] | None
+    bound_us: int
+    states: list[tuple[State, float]] = field(default_factory=list)
+
+    def tell(self, text: str) -> None:
+        if self.progress and self.best.report:
+            self.progress(f"{text}: {self.best.report.time_us / 1e6:.4f} s")
+
+
+def _offer_greedy(course: _Course) -> list[int]:
+    """Walk down each greedy path to the budget, and refill; returns the smallest peak of each path walked."""
+    tables, best, smallest_found = course.tables, course.best, list[int]()
     bound = roofline_us(tables.problem)
     for walked in (*_weights(tables.problem), TIGHTEST):
-        if best.report and (walked == TIGHTEST or best.report.time_us <= GOOD_ENOUGH * bound or time.monotonic() > deadline):
+        late = time.monotonic() > course.deadline
+        if best.report and (walked == TIGHTEST or best.report.time_us <= GOOD_ENOUGH * bound or late):
             break
         weight = walked or _weights(tables.problem)[0]
         path = list(_until_fit(tables, walked))
@@ -140,12 +164,80 @@ def _offer_greedy(
         if smallest_found[-1] > tables.problem.budget_bytes:
             continue
         state = min(_filled(tables, best, path[-1], weight), key=lambda state: score(state, weight))
-        if progress and best.report:
-            progress(f"greedy (transfers x {weight}): {best.report.time_us / 1e6:.4f} s")
-        if effort != "fast" and best.report and best.report.time_us > bound:
-            share = time.monotonic() + (deadline - time.monotonic()) / (2 if weight < 1 else 1)
-            _offer_state(tables, best, search(tables, state, weight, share, SEARCH_ROUNDS, seed, progress), "search")
+        course.states.append((state, weight))
+        course.tell(f"greedy (transfers x {weight})")
     return smallest_found
+
+
+def _offer_model(course: _Course) -> None:
+    """The global model's plans, each repaired, refilled and replayed."""
+    tables, best = course.tables, course.best
+    if best.schedule is None or best.report is None or len(tables.problem.ops) <= EXACT_OPS:
+        return
+    weight = _weights(tables.problem)[0]
+    for ways in (first_decisions(tables).choice, _ways(tables, best.schedule)):
+        left = course.deadline - time.monotonic()
+        if best.report.time_us <= MODEL_WORTH * course.bound_us or left < MODEL_SECONDS:
+            return
+        found = False
+        for decisions in _plans(tables, ways, time.monotonic() + MODEL_SHARE * left):
+            state = _repaired(tables, decisions, weight)
+            if state is not None:
+                course.states.append((refill(tables, state, weight, course.deadline), weight))
+                _offer_state(tables, best, course.states[-1][0], "model")
+                course.tell("model")
+                found = True
+        if found:
+            return
+
+
+def _plans(tables: Tables, ways: list[int], deadline: float) -> Iterator[Decisions]:
+    """The model's plans; none without ortools."""
+    try:
+        from solvers.milp import plans
+
+        yield from plans(tables, ways, deadline)
+    except ImportError:
+        return
+
+
+def _repaired(tables: Tables, decisions: Decisions, weight: float) -> State | None:
+    """The state of the decisions, with evictions where it exceeds the budget; None if that fails."""
+    problem = tables.problem
+    try:
+        state: State | None = evaluate(tables, decisions)
+    except DecodeError:
+        return None
+    rates = Rates(weight, 0 if len(problem.ops) <= SMALL_OPS else int(problem.budget_bytes * TINY_FRACTION))
+    for _ in range(REPAIRS):
+        if state is None or state.profile.peak_bytes <= problem.budget_bytes:
+            return state
+        state = next_state(tables, state, problem.budget_bytes, rates)
+    return None
+
+
+def _ways(tables: Tables, schedule: Schedule) -> list[int]:
+    """How the schedule runs every op; the fastest way for those that it doesn't run."""
+    result = list(first_decisions(tables).choice)
+    for step in schedule.steps:
+        if isinstance(step, Run):
+            result[step.op] = step.choice
+    return result
+
+
+def _offer_search(course: _Course) -> None:
+    """Search from the best states, one for each weight of transfers, half of the time left for each but the last."""
+    tables, best = course.tables, course.best
+    starts: dict[float, State] = {}
+    for state, weight in sorted(course.states, key=lambda pair: score(pair[0], pair[1])):
+        starts.setdefault(weight, state)
+    for number, (weight, state) in enumerate(starts.items(), 1):
+        if best.report is None or best.report.time_us <= course.bound_us:
+            return
+        left = course.deadline - time.monotonic()
+        until = time.monotonic() + (left if number == len(starts) else left / 2)
+        found = search(tables, state, weight, until, SEARCH_ROUNDS, course.seed, course.progress)
+        _offer_state(tables, best, found, f"{best.method} and search" if best.method == "model" else "search")
 
 
 def _weights(problem: Problem) -> list[float]:

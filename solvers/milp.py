@@ -1,0 +1,561 @@
+"""The global model: what stays in memory in every gap between uses, in base order, solved by HiGHS through MathOpt.
+
+After Checkmate (Jain et al., MLSys 2020) in the residency form: a variable for each gap of an item instead of one for each op. For item
+i, stage q (an op before which things may be brought back), group g (ops that run again together), blocks.py:
+    s[i, q]  i stayed in memory from the possible use before q to q      r[g, q]  g runs (again) just before op q
+    f[i, q]  i is read from disk just before op q                       y[i]     i is written to disk once
+    h[i]     the home of persistent i is memory                         x[o, c]  op o runs in its way c
+minimise  sum time_g r[g, q] + rate * transfers + sum time_oc x[o, c]   subject to
+(C1) need     s[i, q] + r[maker(i), q] + f[i, q] >= 1 where op q uses i; >= r[g, q] where g reads i
+(C2) retain   s[i, next q] <= s[i, q] + r[maker(i), q] + f[i, q] where op q doesn't use i
+(C3) memory   at every op, and inside every r[g, q]: bytes of base order + bytes of items there <= budget
+(C4) disk     f[i, q] <= y[i] for what the step made; all transfers together take no longer than the step
+Memory rows would be long: bytes of gaps that span whole blocks of rows are carried from block to block in one variable each.
+A solution becomes `Decisions`; the decoder and the replay say what it is worth.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from solvers.blocks import LONG_SHARE, Blocks, Builder, Item
+from solvers.bounds import always_live
+from solvers.decode import Decisions, Tables
+
+if TYPE_CHECKING:
+    from ortools.math_opt.python.mathopt import Model, SolveResult, Variable
+
+UNIT = 1024.0  # bytes: memory rows are in KiB
+BLOCK_ROWS = 16
+LEAST_RATE = 0.02  # of a transfer's duration, where it delays compute by less: it isn't hidden always
+DISK_SHARE = 0.9  # of the step, that the disk may be busy
+RELATIVE_GAP = 7e-4
+EPSILON = 1e-6
+CORES = (0.5, 50.0)  # us: the second, wider core is for the case that the first has no good solution
+THRESHOLDS = (0.3, 0.5)
+MAX_RERUNS = 20_000
+LEAST_SECONDS = 1.0
+TINY_SHARE = 1 / 2000  # of the budget: storages up to this size are pinned
+CROWDED_SHARE = 0.5
+MENU_SHARE = 0.1
+Terms = dict["Variable", float]
+
+
+@dataclass(slots=True)
+class Expression:
+    """A linear expression: coefficients and a constant."""
+
+    terms: Terms = field(default_factory=dict)
+    constant: float = 0.0
+
+    def add(self, other: Variable | float | Expression, factor: float = 1.0) -> Expression:
+        if isinstance(other, Expression):
+            for variable, value in other.terms.items():
+                self.terms[variable] = self.terms.get(variable, 0.0) + factor * value
+            self.constant += factor * other.constant
+        elif isinstance(other, (int, float)):
+            self.constant += factor * other
+        else:
+            self.terms[other] = self.terms.get(other, 0.0) + factor
+        return self
+
+
+class Residency:
+    """The model of one coarse problem. `build`, then `solve`."""
+
+    def __init__(self, blocks: Blocks, budget_bytes: int) -> None:
+        from ortools.math_opt.python import mathopt
+
+        self.blocks, self.tables, self.budget = blocks, blocks.tables, budget_bytes
+        self.problem = blocks.tables.problem
+        self.count = len(self.problem.ops)
+        self.model: Model = mathopt.Model(name="residency")
+        self.rate = max(LEAST_RATE, self.problem.interference)
+        self.points = {s: item.points() for s, item in blocks.items.items()}
+        self.stay: dict[tuple[int, int], Variable | float] = {}  # (item, use): from the use before it
+        self.home: dict[int, Variable] = {}
+        self.rerun: dict[tuple[int, int], Variable] = {}
+        self.fetch: dict[tuple[int, int], Variable] = {}
+        self.spill: dict[int, Variable] = {}
+        self.way: dict[tuple[int, int], Variable] = {}
+        self.cost, self.disk = Expression(), Expression()
+        self.maker = {s: root for root, group in blocks.groups.items() for s in self.problem.ops[root].creates}
+        self.local: dict[int, list[int]] = {}
+
+    def build(self) -> None:
+        self.add_ways()
+        self.add_reruns()
+        for s, item in self.blocks.items.items():
+            self.add_gaps(s, item)
+        self.add_needs()
+        for s in self.blocks.items:
+            self.add_retention(s)
+        Memory(self).build()
+        self.add_disk()
+        self.add_closures()
+        self.model.minimize_linear_objective(_sum(self.cost))
+
+    def binary(self) -> Variable:
+        return self.model.add_binary_variable()
+
+    def row(self, expression: Expression, least: float = -math.inf, most: float = math.inf) -> None:
+        """least <= expression <= most."""
+        row = self.model.add_linear_constraint(lb=least - expression.constant, ub=most - expression.constant)
+        for variable, value in expression.terms.items():
+            if value:
+                row.set_coefficient(variable, value)
+
+    def add_ways(self) -> None:
+        """x: exactly one way for each op with a menu."""
+        for op, ways in self.blocks.menu.items():
+            for k in ways:
+                self.way[op, k] = self.binary()
+                self.cost.add(self.way[op, k], self.problem.ops[op].choices[k].time_us)
+            self.row(_total(self.way[op, k] for k in ways), 1.0, 1.0)
+
+    def add_reruns(self) -> None:
+        for q, roots in sorted(self.blocks.stages.items()):
+            for root in sorted(roots):
+                self.rerun[root, q] = self.binary()
+                self.cost.add(self.rerun[root, q], self.blocks.groups[root].time_us)
+
+    def add_gaps(self, s: int, item: Item) -> None:
+        """s, h, f, y of one item."""
+        info, points = self.problem.storages[s], self.points[s]
+        for q in points:
+            self.local.setdefault(q, []).append(s)
+        if info.persistent:
+            self.home[s] = self.binary()
+            self.stay[s, points[0] if points else self.count] = self.home[s]
+            written = self.tables.write_us[s] if s in self.tables.written else 0
+            for total, rate in ((self.cost, self.rate), (self.disk, 1.0)):
+                total.add(written * rate).add(self.home[s], -written * rate)
+        for a, b in itertools.pairwise(points):
+            if self.is_forced(item, a, b):
+                self.stay[s, b] = 1.0
+                continue
+            self.stay[s, b] = self.binary()
+            if info.persistent:
+                self.row(Expression().add(self.stay[s, b]).add(self.home[s], -1.0), 0.0)
+        for q in points:
+            if self.may_fetch(s, q):
+                self.add_fetch(s, q)
+
+    def is_forced(self, item: Item, a: int, b: int) -> bool:
+        return any(first <= a and b <= last for first, last in item.forced)
+
+    def may_fetch(self, s: int, q: int) -> bool:
+        info = self.problem.storages[s]
+        if info.persistent:
+            return self.tables.version_at(s, q) == 0 and not isinstance(self.stay[s, q], float)
+        if not self.tables.may_spill[s] or isinstance(self.stay.get((s, q), 1.0), float) or s in self.tables.written:
+            return False
+        if self.problem.ops[self.tables.created_by[s]].optional:
+            return False
+        needs = self.blocks.items[s].needs
+        later = [stage for stage in self.points[s] if stage > max(needs, default=-1)]
+        return q in needs or q in later[:2]
+
+    def add_fetch(self, s: int, q: int) -> None:
+        self.fetch[s, q] = self.binary()
+        self.cost.add(self.fetch[s, q], self.rate * self.tables.read_us[s])
+        self.disk.add(self.fetch[s, q], self.tables.read_us[s])
+        if self.problem.storages[s].persistent:
+            return
+        if s not in self.spill:
+            self.spill[s] = self.binary()
+            self.cost.add(self.spill[s], self.rate * self.tables.write_us[s])
+            self.disk.add(self.spill[s], self.tables.write_us[s])
+        self.row(Expression().add(self.spill[s]).add(self.fetch[s, q], -1.0), 0.0)
+
+    def before(self, s: int, q: int) -> Variable | float:
+        """The item is in memory when stage q begins."""
+        return self.stay.get((s, q), 0.0)
+
+    def after(self, s: int, q: int) -> Variable | float:
+        """The item stays in memory after op q."""
+        points = self.points[s]
+        k = points.index(q)
+        if k + 1 < len(points):
+            return self.stay[s, points[k + 1]]
+        return self.home.get(s, 0.0)
+
+    def available(self, s: int, q: int) -> Expression:
+        """What brings the item to stage q."""
+        result = Expression().add(self.before(s, q))
+        for source in (self.rerun.get((self.maker.get(s, -1), q)), self.fetch.get((s, q))):
+            if source is not None:
+                result.add(source)
+        return result
+
+    def need(self, s: int, q: int) -> Expression:
+        """1 where op q uses the item; less where only some of its ways do."""
+        needs = self.blocks.items[s].needs
+        if q not in needs:
+            return Expression()
+        return _total(self.way[q, k] for k in needs[q]) if needs[q] else Expression(constant=1.0)
+
+    def add_needs(self) -> None:
+        """(C1)"""
+        for s, points in self.points.items():
+            for q in points:
+                if q in self.blocks.items[s].needs and q != self.tables.created_by[s] and not isinstance(self.before(s, q), float):
+                    self.row(self.available(s, q).add(self.need(s, q), -1.0), 0.0)
+                elif q in self.blocks.items[s].needs and self.before(s, q) == 0.0 and self.tables.created_by[s] != q:
+                    self.row(self.available(s, q).add(self.need(s, q), -1.0), 0.0)
+        for (root, q), run in self.rerun.items():
+            for s in self.blocks.groups[root].inputs:
+                if q in self.local and s in self.local[q]:
+                    self.row(self.available(s, q).add(run, -1.0), 0.0)
+
+    def add_retention(self, s: int) -> None:
+        """(C2)"""
+        item, points = self.blocks.items[s], self.points[s]
+        for q, following in itertools.pairwise(points):
+            used = q in item.needs and not item.needs[q]
+            stay = self.stay[s, following]
+            if not used and not isinstance(stay, float):
+                self.row(self.available(s, q).add(stay, -1.0), 0.0)
+
+    def add_closures(self) -> None:
+        """Cuts: what is needed after the border and not kept across it comes from its group, whose inputs are kept or come from theirs.
+
+        rho[g] <= sum r[g, q];  kept[i] + rho[maker(i)] + fetched[i] >= 1;  rho[g] <= kept[u] + rho[maker(u)] + fetched[u].
+        They lift the relaxation: it can't run half of every group.
+        """
+        border = next((k for k, op in enumerate(self.problem.ops) if op.phase == "backward"), -1)
+        ran: dict[int, Variable] = {}
+        for root, runs in self.runs_after(border).items():
+            ran[root] = self.model.add_variable(lb=0.0, ub=1.0)
+            self.row(_total(runs).add(ran[root], -1.0), 0.0)
+        for s, item in self.blocks.items.items():
+            kept = self.across(s, border)
+            if any(q > border and not ways for q, ways in item.needs.items()) and kept is not None:
+                self.row(self.came(s, border, kept, ran), 1.0)
+        for root, rho in ran.items():
+            for s in self.blocks.groups[root].inputs:
+                kept = self.across(s, border)
+                if kept is not None:
+                    self.row(self.came(s, border, kept, ran).add(rho, -1.0), 0.0)
+
+    def runs_after(self, border: int) -> dict[int, list[Variable]]:
+        """For the groups before the border: their runs after it."""
+        runs: dict[int, list[Variable]] = {}
+        for (root, q), variable in self.rerun.items():
+            if root < border < q:
+                runs.setdefault(root, []).append(variable)
+        return runs
+
+    def across(self, s: int, border: int) -> Variable | float | None:
+        """The item is in memory at the border; None: it can't be, or must be."""
+        points = self.points[s]
+        k = bisect_left(points, border)
+        if k == len(points):
+            return self.home.get(s)
+        if k == 0 and s not in self.home:
+            return None
+        kept = self.stay[s, points[k]]
+        return None if isinstance(kept, float) or points[k] == border else kept
+
+    def came(self, s: int, border: int, kept: Variable | float, ran: dict[int, Variable]) -> Expression:
+        result = Expression().add(kept)
+        if self.maker.get(s, -1) in ran:
+            result.add(ran[self.maker[s]])
+        fetches = [self.fetch[s, q] for q in self.points[s] if q > border and (s, q) in self.fetch]
+        if s in self.spill and fetches:
+            result.add(self.spill[s])
+        else:
+            result.add(_total(fetches))
+        return result
+
+    def add_disk(self) -> None:
+        """(C4) Transfers together take at most a share of the step."""
+        if not self.disk.terms:
+            return
+        self.row(Expression().add(self.disk).add(self.cost, -DISK_SHARE), most=DISK_SHARE * self.base_us())
+
+    def binaries(self) -> list[Variable]:
+        return [v for v in self.model.variables() if v.integer]
+
+    def relax(self, seconds: float) -> SolveResult | None:
+        """The linear relaxation, or None where it has no solution in time."""
+        variables = self.binaries()
+        for variable in variables:
+            variable.integer = False
+        result = self.run(seconds)
+        for variable in variables:
+            variable.integer = True
+        return result if result is not None and result.termination.reason.name == "OPTIMAL" else None
+
+    def run(self, seconds: float) -> SolveResult | None:
+        """What HiGHS finds in time; None where that is nothing. MathOpt reports some failures of the solver as an AttributeError."""
+        from ortools.math_opt.python import mathopt
+
+        if seconds < LEAST_SECONDS:
+            return None
+        parameters = mathopt.SolveParameters(time_limit=timedelta(seconds=seconds), relative_gap_tolerance=RELATIVE_GAP)
+        try:
+            result = mathopt.solve(self.model, mathopt.SolverType.HIGHS, params=parameters)
+        except (AttributeError, RuntimeError, ValueError):
+            return None
+        return result if result.has_primal_feasible_solution() else None
+
+    def fix_core(self, relaxed: SolveResult, worth_us: float) -> None:
+        """Fix what the relaxation sets to 0 or 1 and would change for more than worth_us each: the rest, the core, is small."""
+        values, prices = relaxed.variable_values(), relaxed.reduced_costs()
+        for variable in self.binaries():
+            if values[variable] < EPSILON and prices[variable] > worth_us:
+                variable.upper_bound = 0.0
+            elif values[variable] > 1 - EPSILON and prices[variable] < -worth_us:
+                variable.lower_bound = 1.0
+
+    def free_core(self) -> None:
+        for variable in self.binaries():
+            variable.lower_bound, variable.upper_bound = 0.0, 1.0
+
+    def rounded(self, relaxed: SolveResult, threshold: float) -> Decisions:
+        """The relaxation as decisions: what it keeps or does by more than the threshold. They may exceed the budget a little."""
+        return self.decisions({variable: value - threshold + 0.5 for variable, value in relaxed.variable_values().items()})
+
+    def core(self, relaxed: SolveResult, worth_us: float, seconds: float) -> SolveResult | None:
+        """The core as a mixed-integer program; None where it has no solution in time."""
+        self.fix_core(relaxed, worth_us)
+        result = self.run(seconds)
+        self.free_core()
+        return result
+
+    def base_us(self) -> float:
+        """Microseconds that the objective leaves out: every op once that must run, except those with a menu."""
+        ops = zip(self.problem.ops, self.blocks.choice, strict=True)
+        return float(sum(op.choices[k].time_us for index, (op, k) in enumerate(ops) if index not in self.blocks.menu and not op.optional))
+
+    def decisions(self, values: dict[Variable, float]) -> Decisions:
+        """Values as decisions: a cut for every gap that isn't kept, and for the interior of what runs again."""
+
+        def chosen(variable: Variable | float) -> bool:
+            return (variable if isinstance(variable, float) else values[variable]) > 0.5
+
+        result = Decisions(list(self.blocks.choice))
+        for op, ways in self.blocks.menu.items():
+            result.choice[op] = max(ways, key=lambda k: values[self.way[op, k]])
+        result.away = {s for s, variable in self.home.items() if not chosen(variable)}
+        result.spilled = {s for s, variable in self.spill.items() if chosen(variable)}
+        for (s, q), stay in self.stay.items():
+            if not (self.points[s] and q == self.points[s][0]) and not chosen(stay):
+                result.cut(s, q)
+        for (root, q), variable in self.rerun.items():
+            if chosen(variable):
+                for s in self.blocks.groups[root].interior:
+                    result.cut(s, q)
+        return result
+
+
+class Memory:
+    """(C3): rows in the order of time. Before each op with a use: one for each moment of each group that may run there; then the op's."""
+
+    def __init__(self, model: Residency) -> None:
+        self.m, self.blocks, self.size = model, model.blocks, model.tables.size
+        self.rows: list[Expression] = []
+        self.first: dict[int, int] = {}
+        self.last: dict[int, int] = {}
+
+    def build(self) -> None:
+        events = sorted({*self.m.local, *self.blocks.menu})
+        base, count = self.blocks.base_bytes, self.m.count
+        previous = -1
+        for q in [*events, count]:
+            region = base[previous + 1 : q]
+            floor = max((int(base[e]) for e in (previous, q) if 0 <= e <= count), default=0)
+            if len(region) and int(region.max()) > floor:
+                self.rows.append(Expression(constant=float(region.max())))
+            if q not in self.first:
+                self.first[q] = len(self.rows)
+                self.add_moments(q)
+                self.add_op(q)
+                self.last[q] = len(self.rows) - 1
+            previous = q
+        self.cover()
+        for row in self.rows:
+            self.m.row(row_in_units(row), most=self.m.budget / UNIT)
+
+    def add_op(self, q: int) -> None:
+        """The row of op q itself."""
+        row = Expression(constant=float(self.blocks.base_bytes[q]))
+        for k in self.blocks.menu.get(q, ()):
+            row.add(self.m.way[q, k], self.m.problem.ops[q].choices[k].workspace_bytes)
+        for s in self.m.local.get(q, ()):
+            row.add(self.lasting(s, q), self.size[s])
+        self.rows.append(row)
+
+    def lasting(self, s: int, q: int) -> Variable | float:
+        """The item is in memory while op q runs: it uses it, or it stays."""
+        need, after = self.m.need(s, q), self.m.after(s, q)
+        if need.constant or not need.terms:
+            return 1.0 if need.constant else after
+        both = self.m.model.add_variable(lb=0.0, ub=1.0)
+        self.m.row(Expression().add(both).add(need, -1.0), 0.0)
+        self.m.row(Expression().add(both).add(after, -1.0), 0.0)
+        return both
+
+    def add_moments(self, q: int) -> None:
+        """One row for each moment of each group that may run just before op q."""
+        roots = sorted(self.blocks.stages.get(q, ()))
+        if not roots:
+            return
+        lives = [Life(self.m, s, q, roots) for s in self.m.local.get(q, ())]
+        for j, root in enumerate(roots):
+            for needed, transient in self.blocks.groups[root].points:
+                row = Expression(constant=float(self.blocks.before_bytes[q])).add(self.m.rerun[root, q], transient)
+                for life in lives:
+                    row.add(life.at(j, life.s in needed), self.size[life.s])
+                self.rows.append(row)
+
+    def cover(self) -> None:
+        """Bytes of items in the gaps between their uses."""
+        carried: dict[int, Expression] = {}
+        for s, points in self.m.points.items():
+            if s in self.m.home:
+                end = self.first[points[0]] if points else len(self.rows)
+                self.span(self.m.home[s], self.size[s], 0, end - 1, carried)
+                if points:
+                    self.span(self.m.home[s], self.size[s], self.last[points[-1]] + 1, len(self.rows) - 1, carried)
+            for a, b in itertools.pairwise(points):
+                self.span(self.m.stay[s, b], self.size[s], self.last[a] + 1, self.first[b] - 1, carried)
+        self.carry(carried)
+
+    def span(self, stay: Variable | float, size: int, low: int, high: int, carried: dict[int, Expression]) -> None:
+        """Add the item to rows low..high: whole blocks through `carried`, the others directly."""
+        first, beyond = -(-low // BLOCK_ROWS), (high + 1) // BLOCK_ROWS
+        direct: Iterable[int] = range(low, high + 1)
+        if first < beyond and not isinstance(stay, float):
+            carried.setdefault(first, Expression()).add(stay, size)
+            carried.setdefault(beyond, Expression()).add(stay, -size)
+            direct = (*range(low, first * BLOCK_ROWS), *range(beyond * BLOCK_ROWS, high + 1))
+        for r in direct:
+            self.rows[r].add(stay, size)
+
+    def carry(self, carried: dict[int, Expression]) -> None:
+        """K[b + 1] = K[b] + what begins - what ends."""
+        previous = None
+        for b in range(-(-len(self.rows) // BLOCK_ROWS)):
+            change = carried.get(b)
+            if previous is None or change:
+                now = self.m.model.add_variable(lb=0.0, ub=self.m.budget / UNIT)
+                balance = Expression().add(change or Expression(), 1 / UNIT).add(now, -1.0)
+                self.m.row(balance.add(previous) if previous is not None else balance, 0.0, 0.0)
+                previous = now
+            for r in range(b * BLOCK_ROWS, min(len(self.rows), (b + 1) * BLOCK_ROWS)):
+                self.rows[r].add(previous, UNIT)
+
+
+class Life:
+    """Where an item is in memory while the groups of one stage run."""
+
+    def __init__(self, model: Residency, s: int, q: int, roots: list[int]) -> None:
+        self.s = s
+        self.start = model.before(s, q)
+        groups = model.blocks.groups
+        self.users = [j for j, root in enumerate(roots) if s in groups[root].inputs]
+        own = model.maker.get(s, -1)
+        self.producer = roots.index(own) if own in roots else -1
+        self.used_by_op = model.need(s, q).constant == 1.0
+        self.arrived = Expression().add(self.start)
+        if self.producer >= 0:
+            self.arrived.add(model.rerun[own, q])
+        fetched = model.fetch.get((s, q))
+        self.arrived_read = Expression().add(self.arrived)
+        if fetched is not None:
+            self.arrived_read.add(fetched)
+        self.chain: list[Variable | float] = []
+        if not self.used_by_op and self.users:
+            following: Variable | float = model.after(s, q) if s in model.local[q] else 0.0
+            self.end = following
+            for j in reversed(self.users):
+                variable = model.model.add_variable(lb=0.0, ub=1.0)
+                model.row(Expression().add(variable).add(model.rerun[roots[j], q], -1.0), 0.0)
+                model.row(Expression().add(variable).add(following, -1.0), 0.0)
+                self.chain.insert(0, variable)
+                following = variable
+        else:
+            self.end = model.after(s, q)
+
+    def at(self, j: int, needed: bool) -> Variable | float | Expression:
+        """In memory while group number j runs; needed: that group still reads it."""
+        if j <= self.producer or (self.users and self.producer < 0 and j < self.users[0]):
+            return self.start
+        if self.used_by_op:
+            return self.arrived_read if self.users and self.users[0] <= j else self.arrived
+        for k, user in enumerate(self.users):
+            if user > j or (user == j and needed):
+                return self.chain[k]
+        return self.end if self.users or self.producer >= 0 else self.start
+
+
+def row_in_units(row: Expression) -> Expression:
+    return Expression({v: c / UNIT for v, c in row.terms.items()}, row.constant / UNIT)
+
+
+def _sum(expression: Expression) -> object:
+    from ortools.math_opt.python import mathopt
+
+    return mathopt.LinearSum([mathopt.LinearTerm(v, c) for v, c in expression.terms.items()])
+
+
+def _total(variables: Iterable[Variable]) -> Expression:
+    result = Expression()
+    for variable in variables:
+        result.add(variable)
+    return result
+
+
+def menu_of(tables: Tables, choice: list[int], grouped: set[int]) -> dict[int, tuple[int, ...]]:
+    """Ops whose way the model decides: those whose ways differ by much, and that don't run again or are too long for that."""
+    problem, pinned = tables.problem, always_live(tables.problem)
+    room = problem.budget_bytes - problem.constant_bytes - sum(tables.size[s] for s in pinned)
+    longest_us = LONG_SHARE * sum(op.choices[k].time_us for op, k in zip(problem.ops, choice, strict=True))
+    result = {}
+    for index, op in enumerate(problem.ops):
+        if len(op.choices) == 1 or op.optional or (index in grouped and op.choices[choice[index]].time_us < longest_us):
+            continue
+        need = [c.workspace_bytes + sum(tables.size[s] for s in {*c.reads, *op.creates, *op.writes} - pinned) for c in op.choices]
+        if max(need) - min(need) > MENU_SHARE * problem.budget_bytes:
+            result[index] = tuple(k for k, bytes_ in enumerate(need) if bytes_ <= room) or (choice[index],)
+    return result
+
+
+def coarse(tables: Tables, choice: list[int], tiny_share: float = TINY_SHARE) -> Blocks:
+    """The coarse problem of the budget. Groups are found first without a menu: ops in them keep their way."""
+    budget = tables.problem.budget_bytes
+    tiny, free = int(tiny_share * budget), int(CROWDED_SHARE * budget)
+    plain = Builder(tables, choice, {}, tiny, free)
+    grouped = {op for roots in plain.build().stages.values() for root in roots for op in plain.groups[root].ops}
+    menu = menu_of(tables, choice, grouped)
+    return Builder(tables, choice, menu, tiny, free).build() if menu else plain.build()
+
+
+def plans(tables: Tables, choice: list[int], deadline: float) -> Iterator[Decisions]:
+    """Decisions for ops run in the given ways, to be decoded, repaired and replayed: the relaxation rounded, then the cores' solutions.
+
+    Ends at the deadline (time.monotonic), or early where the model has no solution.
+    """
+    model = Residency(coarse(tables, choice), tables.problem.budget_bytes)
+    if not model.points or len(model.rerun) > MAX_RERUNS:
+        return
+    model.build()
+    relaxed = model.relax(deadline - time.monotonic())
+    if relaxed is None:
+        return
+    for threshold in THRESHOLDS:
+        yield model.rounded(relaxed, threshold)
+    for worth_us in CORES:
+        result = model.core(relaxed, worth_us, deadline - time.monotonic())
+        if result is not None:
+            yield model.decisions(result.variable_values())
+            return
