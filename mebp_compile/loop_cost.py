@@ -58,7 +58,7 @@ def _loss_tile(graph: Graph, op: Op, trips: int) -> Json:
     size = tile_size(weight.shape[0], trips)
     head = {"shape": [size, weight.shape[1]], "dtype": weight.dtype}
     target = {"shape": [x.shape[0]], "dtype": "int64", "fill": "index:2"}
-    args = [{"tensor": {"shape": list(x.shape), "dtype": x.dtype}}, {"tensor": head}, {"tensor": target}, *op.args[3:5], size]
+    args = [{"tensor": {"shape": list(x.shape), "dtype": x.dtype}}, {"tensor": head}, {"tensor": target}, *op.args[3:-1], size]
     return {"target": op.target, "args": args, "kwargs": {}}
 
 

@@ -1,9 +1,10 @@
-/* One tile of the tiled loss: for each token the running maximum, the running sum of exponentials, and the tile's logits replaced by
- * exp(logit - maximum), zero in the target's column. See kernels/cross_entropy.py, whose `tile` in torch is the twin of this.
+/* One tile of the tiled loss: for each token the running maximum, the running sum of exponentials and of the distances to the maximum, and the
+ * tile's logits replaced by exp(logit - maximum), zero in the target's column, less their mean where it is asked for; with soft-capping,
+ * cap * tanh(logit / cap) takes the logit's place, and what replaces it is multiplied by its slope, 1 - tanh^2. See kernels/cross_entropy.py,
+ * whose `_tile_in_torch` is the twin of this.
  *
  * Plain C with vector types of 16 lanes, which the compiler maps to what the processor has; sums are kept by lane, so every processor adds in
- * the same order. exp: n = round(x / ln 2), r = x - n ln 2, a polynomial of degree 6 in r (coefficients of Cephes' expf), times 2^n: within
- * 2 units in the last place for -87 < x <= 0. Smaller x, -inf included, count as -87: exp(-87) is 1.6e-38.
+ * the same order. `half` (bf16 rather than fp32) and `capped` are constants wherever these functions are inlined.
  */
 #include <math.h>
 #include <stdint.h>
@@ -31,6 +32,8 @@ typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 
 #define SELECT(to, mask, from) ((to) = (floats)(((ints)(from) & (mask)) | ((ints)(to) & ~(mask))))
 
+/* exp(x): n = round(x / ln 2), r = x - n ln 2, a polynomial of degree 6 in r (coefficients of Cephes' expf), times 2^n: within 2 units in the
+ * last place for -87 < x <= 0. Smaller x, -inf included, count as -87: exp(-87) is 1.6e-38. */
 INLINE void exp_lanes(floats *x) {
   const floats low = (floats){} - 87.0f, shift = (floats){} + 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
   SELECT(*x, *x < low, low);       /* a NaN is not smaller, and stays */
@@ -49,65 +52,180 @@ INLINE void exp_lanes(floats *x) {
   *x = p * (floats)power;
 }
 
-INLINE void load_bf16(floats *to, const uint16_t *from) {
-  halves part;
+/* x becomes tanh(x), slope 1 - tanh(x)^2. With q = exp(-2 |x|): tanh = (1 - q) / (1 + q), or for |x| < 0.625, where 1 - q cancels, x + x^3 P(x^2)
+ * (coefficients of Cephes' tanhf); slope = 4 q / (1 + q)^2, whose relative precision stays where tanh is 1. */
+INLINE void tanh_lanes(floats *x, floats *slope) {
+  const ints sign = (ints)*x & INT32_MIN;
+  const floats size = (floats)((ints)*x ^ sign), square = size * size;
+  floats q = size * -2.0f;
+  exp_lanes(&q);
+  const floats share = 1.0f / (q + 1.0f);
+  floats small = (floats){} - 5.70498872745e-3f;
+  small = small * square + 2.06390887954e-2f;
+  small = small * square - 5.37397155531e-2f;
+  small = small * square + 1.33314422036e-1f;
+  small = small * square - 3.33332819422e-1f;
+  small = small * square * size + size;
+  floats result = (1.0f - q) * share;
+  SELECT(result, size < 0.625f, small);
+  *x = (floats)((ints)result | sign);
+  *slope = 4.0f * q * share * share;
+}
+
+INLINE void cap_lanes(floats *x, floats *slope, float cap) {
+  *x *= 1.0f / cap;
+  tanh_lanes(x, slope);
+  *x *= cap;
+}
+
+INLINE void load(floats *to, const void *from, int half) {
+  if (half) {
+    halves part;
+    memcpy(&part, from, sizeof part);
+    *to = (floats)(__builtin_convertvector(part, words) << 16);
+  } else {
+    memcpy(to, from, sizeof *to);
+  }
+}
+
+INLINE void store(void *to, const floats *from, int half) {
+  if (half) {
+    const words bits = (words)*from;
+    const halves part = __builtin_convertvector((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16, halves);
+    memcpy(to, &part, sizeof part);
+  } else {
+    memcpy(to, from, sizeof *from);
+  }
+}
+
+INLINE int64_t width_of(int half) { return half ? sizeof(uint16_t) : sizeof(float); }
+
+INLINE float sum_of(const floats *lanes) {
+  float sum = 0;
+  for (int k = 0; k < LANES; k++) sum += (*lanes)[k];
+  return sum;
+}
+
+/* One token of a tile. What is left of its columns after the last 16 whole ones lies in edges padded to 16, so that the loops below hold no
+ * copies of unknown length. own: the target's column, or -1 where it is in another tile. slopes: where they go, or null. */
+typedef struct {
+  char *logits, *slopes, edge[sizeof(floats)], slope_edge[sizeof(floats)];
+  int64_t columns, whole, own;
+  float cap, higher;
+} Row;
+
+INLINE char *place(const Row *row, int64_t column, int half) {
+  return column < row->whole ? row->logits + column * width_of(half) : (char *)row->edge;
+}
+
+/* The largest of a row's numbers; a NaN is none. tanh keeps the order, so this is where the capped logits are largest too. */
+INLINE float largest(const Row *row, int half) {
+  floats most = (floats){} - INFINITY, value;
+  for (int64_t i = 0; i < row->whole; i += LANES) {
+    load(&value, place(row, i, half), half);
+    SELECT(most, value > most, value);
+  }
+  float result = -INFINITY;
+  for (int k = 0; k < LANES; k++) result = most[k] > result ? most[k] : result;
+  load(&value, row->edge, half);
+  for (int64_t k = 0; row->whole + k < row->columns; k++) result = value[k] > result ? value[k] : result;
+  return result;
+}
+
+/* Which of the 16 lanes from `column` on are in the row, and which of these are not `own`: all bits set, or none. */
+INLINE void masks(ints *inside, ints *others, int64_t column, int64_t columns, int64_t own) {
+  *inside = *others = (ints){} - 1;
+  if (column + LANES <= columns && (own < column || own >= column + LANES)) return;
+  int32_t lanes[2][LANES];
+  for (int k = 0; k < LANES; k++) {
+    lanes[0][k] = -(column + k < columns);
+    lanes[1][k] = -(column + k < columns && column + k != own);
+  }
+  memcpy(inside, lanes[0], sizeof *inside);
+  memcpy(others, lanes[1], sizeof *others);
+}
+
+/* Sums exp(logit - higher) without the target's, and in `distance` logit - higher with it. With `writes`, the logits become these exponentials
+ * (the target's zero) less `even`, times their slopes. */
+INLINE float walk(Row *row, float even, float *distance, int half, int capped, int writes) {
+  const float cap = row->cap, higher = row->higher;
+  floats sum = {}, distances = {}, value, slope = {};
+  ints inside, others;
+  for (int64_t i = 0; i < row->columns; i += LANES) {
+    char *at = place(row, i, half);
+    masks(&inside, &others, i, row->columns, row->own);
+    load(&value, at, half);
+    if (capped) cap_lanes(&value, &slope, cap);
+    value = (floats)((ints)(value - higher) & inside);
+    distances += value;
+    exp_lanes(&value);
+    value = (floats)((ints)value & others);
+    sum += value;
+    if (!writes) continue;
+    value -= even;
+    if (capped) value *= slope;
+    store(at, &value, half);
+    if (capped && row->slopes) store(i < row->whole ? row->slopes + i * width_of(half) : row->slope_edge, &slope, half);
+  }
+  *distance = sum_of(&distances);
+  return sum_of(&sum);
+}
+
+INLINE Row row_of(char *logits, char *slopes, int64_t columns, int64_t aimed, float cap, int half) {
+  const int64_t whole = columns / LANES * LANES;
+  Row row = {logits, slopes, {0}, {0}, columns, whole, aimed >= 0 && aimed < columns ? aimed : -1, cap, 0};
+  memcpy(row.edge, logits + whole * width_of(half), (size_t)((columns - whole) * width_of(half)));
+  return row;
+}
+
+INLINE void put_edges(const Row *row, int half) {
+  const size_t size = (size_t)((row->columns - row->whole) * width_of(half));
+  memcpy(row->logits + row->whole * width_of(half), row->edge, size);
+  if (row->slopes) memcpy(row->slopes + row->whole * width_of(half), row->slope_edge, size);
+}
+
+INLINE float number(const char *from, int half) {
+  uint16_t part;
+  float result;
   memcpy(&part, from, sizeof part);
-  *to = (floats)(__builtin_convertvector(part, words) << 16);
+  const uint32_t bits = (uint32_t)part << 16;
+  memcpy(&result, half ? (const char *)&bits : from, sizeof result);
+  return result;
 }
 
-INLINE void store_bf16(uint16_t *to, const floats *from) {
-  const words bits = (words)*from;
-  const halves part = __builtin_convertvector((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16, halves);
-  memcpy(to, &part, sizeof part);
+/* tokens rows of `columns` logits, `stride` elements apart, and as many slopes (capped only; null: not wanted), dense. seen: columns of earlier
+ * tiles. aimed[t]: the target's column in this tile, or a number outside it. keep[t]: by what everything summed before has to be multiplied.
+ * even[t] (null: zero): the mean of the exponentials of the tile, which was subtracted from them. */
+#define ARGUMENTS                                                                                                                      \
+  void *logits, void *slopes, int64_t tokens, int64_t columns, int64_t stride, int64_t seen, float cap, const int64_t *aimed, float *top, \
+      float *rest, float *aim, float *flat, float *keep, float *even
+
+INLINE void tile(ARGUMENTS, int half, int capped) {
+  const int64_t width = width_of(half);
+  for (int64_t t = 0; t < tokens; t++) {
+    char *first = (char *)logits + t * stride * width;
+    Row row = row_of(first, slopes ? (char *)slopes + t * columns * width : 0, columns, aimed[t], cap, half);
+    if (row.own >= 0) aim[t] = number(first + row.own * width, half);
+    floats most = (floats){} + largest(&row, half), slope;
+    if (capped) cap_lanes(&most, &slope, cap);
+    const float before = top[t], higher = most[0] > before ? most[0] : before;
+    row.higher = top[t] = higher;
+    float distance, mean = 0;
+    if (even) mean = even[t] = walk(&row, 0, &distance, half, capped, 0) / (float)columns;
+    const float added = walk(&row, mean, &distance, half, capped, 1);
+    put_edges(&row, half);
+    keep[t] = before == -INFINITY ? 0.0f : expf(before - higher);
+    rest[t] = rest[t] * keep[t] + added;
+    flat[t] += (seen ? (before - higher) * (float)seen : 0.0f) + distance;
+  }
 }
 
-INLINE void load_fp32(floats *to, const float *from) { memcpy(to, from, sizeof *to); }
-INLINE void store_fp32(float *to, const floats *from) { memcpy(to, from, sizeof *from); }
-
-/* tokens rows of `columns` logits, `stride` elements apart; aimed[t]: the target's column in this tile, or a number outside it. keep[t]: by what
- * everything summed before has to be multiplied. */
-#define TILE(NAME, TYPE, LOAD, STORE, MINUS_INFINITY)                                                                             \
-  CLONES EXPORT void NAME(TYPE *logits, int64_t tokens, int64_t columns, int64_t stride, const int64_t *aimed, float *top,       \
-                          float *rest, float *aim, float *keep) {                                                               \
-    const int64_t whole = columns / LANES * LANES;                                                                               \
-    for (int64_t t = 0; t < tokens; t++) {                                                                                       \
-      TYPE *row = logits + t * stride, edge[LANES];                                                                              \
-      for (int k = 0; k < LANES; k++) edge[k] = MINUS_INFINITY;                                                                  \
-      memcpy(edge, row + whole, (size_t)(columns - whole) * sizeof(TYPE));                                                       \
-      floats value, most;                                                                                                        \
-      LOAD(&most, edge);                                                                                                         \
-      for (int64_t i = 0; i < whole; i += LANES) {                                                                               \
-        LOAD(&value, row + i);                                                                                                   \
-        SELECT(most, value > most, value);                                                                                       \
-      }                                                                                                                          \
-      float higher = top[t];                                                                                                     \
-      for (int k = 0; k < LANES; k++) higher = most[k] > higher ? most[k] : higher;                                              \
-      keep[t] = top[t] == -INFINITY ? 0.0f : expf(top[t] - higher);                                                              \
-      top[t] = higher;                                                                                                           \
-      const int64_t own = aimed[t];                                                                                              \
-      const int here = own >= 0 && own < columns;                                                                                \
-      if (here) {                                                                                                                \
-        TYPE *place = own < whole ? row + own : edge + (own - whole), one[LANES] = {*place};                                     \
-        LOAD(&value, one);                                                                                                       \
-        aim[t] = value[0];                                                                                                       \
-        *place = MINUS_INFINITY;                                                                                                 \
-      }                                                                                                                          \
-      floats sum = {};                                                                                                           \
-      for (int64_t i = 0; i < columns; i += LANES) {                                                                             \
-        TYPE *place = i < whole ? row + i : edge;                                                                                \
-        LOAD(&value, place);                                                                                                     \
-        value -= higher;                                                                                                         \
-        exp_lanes(&value);                                                                                                       \
-        sum += value;                                                                                                            \
-        STORE(place, &value);                                                                                                    \
-      }                                                                                                                          \
-      memcpy(row + whole, edge, (size_t)(columns - whole) * sizeof(TYPE));                                                       \
-      if (here) row[own] = 0;                                                                                                    \
-      float added = 0;                                                                                                           \
-      for (int k = 0; k < LANES; k++) added += sum[k];                                                                           \
-      rest[t] = rest[t] * keep[t] + added;                                                                                       \
-    }                                                                                                                            \
+#define TILE(NAME, HALF, CAPPED)                                                                                                   \
+  CLONES EXPORT void NAME(ARGUMENTS) {                                                                                             \
+    tile(logits, slopes, tokens, columns, stride, seen, cap, aimed, top, rest, aim, flat, keep, even, HALF, CAPPED);               \
   }
 
-TILE(mebp_cross_entropy_tile_bf16, uint16_t, load_bf16, store_bf16, 0xFF80u)
-TILE(mebp_cross_entropy_tile_fp32, float, load_fp32, store_fp32, -INFINITY)
+TILE(mebp_cross_entropy_tile_bf16, 1, 0)
+TILE(mebp_cross_entropy_tile_fp32, 0, 0)
+TILE(mebp_cross_entropy_capped_tile_bf16, 1, 1)
+TILE(mebp_cross_entropy_capped_tile_fp32, 0, 1)

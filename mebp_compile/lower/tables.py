@@ -14,12 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from mebp_compile.graph import Graph, Op, Ref, Storage, Value, inputs_of, map_refs
-from mebp_compile.lower.loss_loop import SUMS, TILED_LOSS
+from mebp_compile.lower.loss_loop import TILED_LOSS
 from mebp_compile.lower.naming import Namer
 
 ROWS = 2048  # a block is a multiple of it: that many rows the walk of the whole table takes at a time, too
 BLOCK_BYTES = 8 << 20
 WHOLE_COPIES = 4  # of the table, that closing the step with it whole takes: itself, two gradients and their sum
+SUMS = ("top", "rest", "aim", "flat", "aimed", "pulled")  # as kernels.tables.cross_entropy_begin gives them
 HEAD_GRADIENT, LOOK_UP, LOOK_UP_GRADIENT = "mebp.head_gradient.default", "aten.embedding.default", "aten.embedding_dense_backward.default"
 ROW_WISE = {
     "add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "neg", "neg_", "sqrt", "sqrt_", "rsqrt", "pow", "square", "lerp", "lerp_",
@@ -118,6 +119,8 @@ def _touched(table: _Table, index: int) -> list[int]:
         position = 0 if op.target == LOOK_UP else 1
         if op.args[position] != Ref(name) or any(arg == Ref(name) for place, arg in enumerate(op.args) if place != position):
             raise _Whole(f"{op.name} uses it in another way than as a table")
+        if op.target == TILED_LOSS and op.args[5]:
+            raise _Whole("its labels are smoothed, for which every row of a gradient needs the whole table")
         table.special.append(index)
         return []
     table.closing.append(index)
@@ -193,7 +196,7 @@ class _Split:
 
     def _walk(self, op: Op) -> list[Op]:
         """The head's walk: begin, each block in turn, end."""
-        x, _, target, reduction, ignored, _ = op.args
+        x, _, target, reduction, ignored, _, cap, _ = op.args
         sums = self._sums(op, self.old.value[x.name])
         refs, written = tuple(Ref(value.name) for value in sums), tuple(value.storage for value in sums)
         seen = tuple(self.old.storage_of(arg.name) for arg in (x, target))
@@ -201,12 +204,12 @@ class _Split:
         begin = self._like(op, "begin", "mebp.cross_entropy_begin.default", (x,), outputs=made, creates=written, reads=seen[:1])
         walk = [
             self._like(
-                op, str(start), "mebp.cross_entropy_rows_.default", (x, Ref(part.name), target, start, *refs),
+                op, str(start), "mebp.cross_entropy_rows_.default", (x, Ref(part.name), target, start, cap, *refs),
                 reads=(*seen, part.storage), writes=written,
             )
             for (start, _), part in zip(self.blocks, self.parts[self.table.value.storage], strict=True)
         ]  # fmt: skip
-        last = (target, self.table.shape[0], reduction, ignored, *refs)
+        last = (target, self.table.shape[0], reduction, ignored, cap, *refs)
         reads = (seen[1], *written)
         end = self._like(op, "end", "mebp.cross_entropy_end.default", last, outputs=op.outputs, creates=op.creates, reads=reads)
         return [begin, *walk, end]
@@ -217,10 +220,10 @@ class _Split:
         return Op(name, target, args, phase=op.phase, module=op.module, source=op.source, **fields)  # type: ignore[arg-type]
 
     def _sums(self, op: Op, x: Value) -> list[Value]:
-        """The five sums of `cross_entropy.begin`: three by token, one like x, one like x in float32."""
+        """What the walk carries: four numbers a token, a tensor like x, and one like x in float32."""
         tokens, features = x.shape
         row, wide = ("float32", (tokens,), (1,)), (tokens, features)
-        kinds = (row, row, row, (x.dtype, wide, (features, 1)), ("float32", wide, (features, 1)))
+        kinds = (row, row, row, row, (x.dtype, wide, (features, 1)), ("float32", wide, (features, 1)))
         for name, (dtype, shape, stride) in zip(SUMS, kinds, strict=True):
             label = self.namer.unique(f"{op.name}_{name}")
             self.storages.append(Storage(label, math.prod(shape) * (4 if dtype == "float32" else 2), "activation"))
@@ -234,7 +237,7 @@ class _Split:
         args = tuple(map_refs(arg, rename) for arg in op.args)
         target, out_target, out = op.target, op.out_target, op.out
         if op.target == HEAD_GRADIENT:
-            target, args, out_target, out = "mebp.head_rows_gradient.default", (*args[:8], start), "", ()
+            target, args, out_target, out = "mebp.head_rows_gradient.default", (*args[:8], args[9], start), "", ()
         elif op.target == LOOK_UP_GRADIENT:
             target, args, out_target, out = "mebp.embedding_rows_gradient.default", (*args[:2], start, rows, args[3]), "", ()
         elif op.target.split(".")[1] == "zeros_like":

@@ -26,29 +26,29 @@ def same(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> bool:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("reduction", [1, 2])
-def test_the_walk_in_blocks_is_the_walk(dtype: torch.dtype, reduction: int) -> None:
+@pytest.mark.parametrize(("reduction", "cap"), [(1, 0.0), (2, 0.0), (1, 30.0)])
+def test_the_walk_in_blocks_is_the_walk(dtype: torch.dtype, reduction: int, cap: float) -> None:
     """Begin, every block, end: loss, count, direction and softmax are those of the op on the whole head."""
     x, weight, target = head(dtype)
     sums = torch.ops.mebp.cross_entropy_begin(x)
     for start, rows in BLOCKS:
-        torch.ops.mebp.cross_entropy_rows_(x, weight[start : start + rows], target, start, *sums)
-    answer = torch.ops.mebp.cross_entropy_end(target, VOCABULARY, reduction, IGNORED, *sums)
-    assert same(answer, linear_cross_entropy(x, weight, target, reduction, IGNORED))
-    assert same(answer, torch.ops.mebp.cross_entropy_end(target, VOCABULARY, reduction, IGNORED, *sums))  # the sums are as they were
+        torch.ops.mebp.cross_entropy_rows_(x, weight[start : start + rows], target, start, cap, *sums)
+    answer = torch.ops.mebp.cross_entropy_end(target, VOCABULARY, reduction, IGNORED, cap, *sums)
+    assert same(answer, linear_cross_entropy(x, weight, target, reduction, IGNORED, 0.0, cap))
+    assert same(answer, torch.ops.mebp.cross_entropy_end(target, VOCABULARY, reduction, IGNORED, cap, *sums))  # the sums are as they were
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("reduction", [1, 2])
-def test_the_head_gradient_in_blocks_is_the_head_gradient(dtype: torch.dtype, reduction: int) -> None:
+@pytest.mark.parametrize(("reduction", "cap"), [(1, 0.0), (2, 0.0), (1, 30.0)])
+def test_the_head_gradient_in_blocks_is_the_head_gradient(dtype: torch.dtype, reduction: int, cap: float) -> None:
     """Each block's gradient is its rows of the whole gradient."""
     x, weight, target = head(dtype)
-    _, count, _, softmax = linear_cross_entropy(x, weight, target, reduction, IGNORED)
+    _, count, _, softmax = linear_cross_entropy(x, weight, target, reduction, IGNORED, 0.0, cap)
     grad = torch.tensor(0.7)
-    whole = head_gradient(grad, x, weight, target, softmax, count, reduction, IGNORED)
+    whole = head_gradient(grad, x, weight, target, softmax, count, reduction, IGNORED, 0.0, cap)
     for start, rows in BLOCKS:
         part = weight[start : start + rows]
-        block = torch.ops.mebp.head_rows_gradient(grad, x, part, target, softmax, count, reduction, IGNORED, start)
+        block = torch.ops.mebp.head_rows_gradient(grad, x, part, target, softmax, count, reduction, IGNORED, cap, start)
         assert torch.equal(block, whole[start : start + rows])
 
 
@@ -68,11 +68,11 @@ def test_the_lookup_gradient_in_blocks_is_the_lookup_gradient(dtype: torch.dtype
 def test_fake_tensors_have_the_shapes_of_real_ones(name: str) -> None:
     """What the ops say of shapes and dtypes without data is what they give."""
     x, weight, target = head(torch.bfloat16)
-    sums = tables.begin(x)
+    sums = tables.cross_entropy_begin(x)
     given = {
         "cross_entropy_begin": (x,),
-        "cross_entropy_end": (target, VOCABULARY, 1, IGNORED, *sums),
-        "head_rows_gradient": (torch.ones(()), x, weight, target, torch.ones(2, TOKENS), torch.ones(()), 1, IGNORED, 0),
+        "cross_entropy_end": (target, VOCABULARY, 1, IGNORED, 0.0, *sums),
+        "head_rows_gradient": (torch.ones(()), x, weight, target, torch.ones(3, TOKENS), torch.ones(()), 1, IGNORED, 0.0, 0),
         "embedding_rows_gradient": (torch.randn(TOKENS, FEATURES), target.clamp_min(0), 0, 64, -1),
     }[name]
     op = getattr(torch.ops.mebp, name)
