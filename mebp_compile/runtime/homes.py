@@ -15,7 +15,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -24,6 +24,7 @@ from mebp_compile.capture import State
 from mebp_compile.errors import DiskError, MebpError
 from mebp_compile.measure.transfer import DiskThread
 from mebp_compile.runtime.activations import ActivationStore, Slot
+from mebp_compile.runtime.memory import memory_errors
 
 SLOT_ALIGN = 4096
 PLACE_FIX = "call materialise() on the compiled step before you replace or reinitialise parameters and optimizer state"
@@ -99,8 +100,13 @@ class HomeStore:
 
     def wait(self, name: str) -> None:
         """Complete the transfer of a storage; raises DiskError if it failed."""
-        file, slot = self._pending.pop(name)
-        file.wait(slot)
+        file, slot = self._pending[name]
+        try:
+            file.wait(slot)
+        except MebpError:
+            del self._pending[name]
+            raise
+        del self._pending[name]  # not where Ctrl-C ended the wait: the transfer goes on
 
     def commit(self) -> None:
         """Everything written since the last commit becomes current, at once. No transfer may be under way."""
@@ -144,6 +150,11 @@ class Homes:
 
         Raises MebpError, with everything either here or there, where a tensor can't leave.
         """
+        with memory_errors("moving state between memory and disk"):
+            self.abandon()  # what a failed step left, if its own end was cut short
+            self._arrange(away)
+
+    def _arrange(self, away: frozenset[str]) -> None:
         found = _tensors(self.state)
         for source, parked in list(self._parked.items()):
             if found.get(source) is not parked.owner or parked.owner.device.type != "meta":
@@ -153,9 +164,24 @@ class Homes:
         for source in sorted(self._parked.keys() - away):
             self._return(source)
 
-    def materialise(self) -> None:
-        """Bring everything back into memory."""
-        self.arrange(frozenset())
+    def materialise(self, force: bool = False) -> None:
+        """Bring everything back into memory. `force`: what can't be read any more gets zeros, so that a checkpoint can be loaded over it."""
+        try:
+            self.arrange(frozenset())
+        except DiskError:
+            if not force:
+                raise
+            with memory_errors("bringing state back from disk"):
+                self._fill()
+
+    def _fill(self) -> None:
+        """Bring back what can be read, and zeros for the rest."""
+        for source, parked in tuple(self._parked.items()):
+            try:
+                self._return(source)
+            except DiskError:
+                _unpark(parked, _zeros_like(parked.owner))
+                del self._parked[source]
 
     def load(self, source: str) -> torch.Tensor:
         """A copy of what lies on disk: the last committed generation."""
@@ -186,8 +212,8 @@ class Homes:
 
     def _return(self, source: str) -> None:
         """Read a tensor back into memory."""
-        buffer = self.load(source)
-        _unpark(self._parked.pop(source), buffer)
+        _unpark(self._parked[source], self.load(source))
+        del self._parked[source]
 
     def release(self, source: str) -> None:
         """In a step: a tensor at home in memory leaves it for a while (its bytes are in the step's own scratch file)."""
@@ -196,14 +222,31 @@ class Homes:
 
     def adopt(self, source: str, buffer: torch.Tensor) -> None:
         """In a step: the tensor is back, in `buffer`, which becomes its memory."""
-        _unpark(self._out.pop(source), buffer)
+        _unpark(self._out[source], buffer)
+        del self._out[source]
 
     def abandon(self) -> None:
         """After a failed step. What was out of memory has lost its value: it gets zeros, so that a checkpoint can be loaded over it."""
         self.store.abandon()
         for source in tuple(self._out):
-            owner = self._out[source].owner
-            self.adopt(source, torch.empty_strided(owner.shape, owner.stride(), dtype=owner.dtype).zero_())
+            self.adopt(source, _zeros_like(self._out[source].owner))
+
+
+class StateHomes(Protocol):
+    """What a program asks of the homes of its state: `Homes` for the user's objects, `DataHomes` for plain data."""
+
+    store: HomeStore
+    thread: DiskThread
+
+    def arrange(self, away: frozenset[str]) -> None: ...
+
+    def materialise(self) -> None: ...
+
+    def release(self, source: str) -> None: ...
+
+    def adopt(self, source: str, buffer: torch.Tensor) -> None: ...
+
+    def abandon(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -214,7 +257,7 @@ class ProgramHomes:
     so that a failed step has changed nothing once it is abandoned.
     """
 
-    homes: Homes
+    homes: StateHomes
     away: Mapping[str, str]
     resident: Mapping[str, str]
     restorable: bool
@@ -279,10 +322,15 @@ def _check_can_leave(source: str, tensor: torch.Tensor | None) -> None:
 
 def _park(tensor: torch.Tensor) -> _Parked:
     """The object becomes meta and gives up its memory; the shell keeps the rest of it."""
-    shell = torch.empty_like(tensor, device="meta").requires_grad_(tensor.requires_grad)
-    torch_private.exchange(tensor, shell)
-    shell.data = torch.empty(0, dtype=shell.dtype)
+    shell, nothing = torch.empty_like(tensor, device="meta").requires_grad_(tensor.requires_grad), torch.empty(0, dtype=tensor.dtype)
+    torch_private.exchange(tensor, shell)  # from here on nothing needs memory, so nothing fails
+    shell.data = nothing
     return _Parked(tensor, shell)
+
+
+def _zeros_like(owner: torch.Tensor) -> torch.Tensor:
+    """Zeros of the geometry of a meta tensor, in memory."""
+    return torch.empty_strided(owner.shape, owner.stride(), dtype=owner.dtype).zero_()
 
 
 def _unpark(parked: _Parked, buffer: torch.Tensor) -> None:
@@ -301,7 +349,11 @@ def state_dict(state: State, homes: Homes | None) -> dict[str, Any]:
     Keys are "model" and "optimizer" where the step has one module and one optimizer, else the names that the step has for them.
     Tensors without a value here (streamed weights, which their store keeps) are left out; ties stay ties.
     """
-    loaders = homes.loaders() if homes is not None else {}
+    with memory_errors("copying state"):
+        return _state_dict(state, homes.loaders() if homes is not None else {})
+
+
+def _state_dict(state: State, loaders: Mapping[int, Callable[[], torch.Tensor]]) -> dict[str, Any]:
     copies: dict[int, torch.Tensor] = {}
     result: dict[str, Any] = {}
     for root, module in state.modules.items():
