@@ -13,9 +13,11 @@ _HOME = {
     "optimize": "compiler",
     "plan": "compiler",
     "CompiledStep": "compiler",
+    "Budget": "config",
     "WeightStore": "runtime.weights",
+    "load_lean": "lean",
 }
-__all__ = ["CompiledStep", "WeightStore", "errors", "optimize", "plan"]
+__all__ = ["Budget", "CompiledStep", "WeightStore", "errors", "load_lean", "optimize", "plan"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,10 @@
-"""The command line. `explain`, `why`, `show` and `check` read a folder of artifacts and never import torch; `plan` and `train` do the work.
+"""The command line. `explain`, `why`, `show` and `check` read a folder of artifacts and never import torch; `plan` and `train` do the work;
+`run` runs a saved step in this very process, and so imports nothing that planning needs.
 
     mebp plan  --model qwen2.5-0.5b --budget 512MB --sequence 256 --weights int4 --out step/
     mebp train --model Qwen2.5-0.5B/ --data notes.txt --budget 512MB --steps 100 --adapter-out adapter/
+    mebp plan  --model qwen2.5-0.5b --budget 256MB --scope process --weights int4 --optimizer sgd --offload DIR --out step/
+    mebp run   step/ --data notes.txt --steps 100 --log log.jsonl --adapter-out adapter/
     mebp explain step/ --module layers.3.mlp
     mebp why step/ layers_3_mlp_up_proj_mm
     mebp show step/ timeline.html
@@ -18,17 +21,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mebp_compile.artifacts import check_artifacts, load_artifacts, save_artifacts
-from mebp_compile.config import SCHEMES, TIERS, parse_budget
-from mebp_compile.errors import MebpError, OptionError
-from mebp_compile.explain import explain, summary, why
+from mebp_compile.config import SCHEMES, SCOPES, TIERS, format_bytes, parse_budget
+from mebp_compile.errors import BudgetError, MebpError, OptionError
 from mebp_compile.models import CONFIGS
 from mebp_compile.progress import Progress
-from mebp_compile.viz import write
 
-PEERS = ("eager", "checkpointing", "schedule:per_layer", "mezo")
+PEERS = (
+    "eager", "checkpointing", "compile:0", "compile:0.25", "compile:0.5", "compile:0.75", "compile:1", "remat_by_tags", "schedule:per_layer",
+    "schedule:mesp", "mezo", "bnb",
+)  # fmt: skip
 
 if TYPE_CHECKING:
+    from mebp_compile.compiler import CompiledStep
     from mebp_compile.finetune import Settings, Training
 
 
@@ -56,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     _add_plan(commands.add_parser("plan", help="plan a LoRA fine-tuning step: will it fit, how fast, what it does"))
     _add_train(commands.add_parser("train", help="fine-tune with LoRA inside the budget"))
+    _add_run(commands.add_parser("run", help="run a saved step in this process, without the planner: for --scope process"))
     _add_bench(commands.add_parser("bench", help="measure this package and its peers side by side on this machine"))
     _add_readers(commands)
     return top
@@ -115,6 +120,7 @@ def _add_bench(item: argparse.ArgumentParser) -> None:
 def _add_plan(item: argparse.ArgumentParser) -> None:
     _add_budget(item)
     _add_shared(item)
+    item.add_argument("--scope", choices=SCOPES, default="step", help='"process": the budget is that of the whole process of `mebp run` (step)')
     item.set_defaults(command=_plan)
 
 
@@ -128,30 +134,104 @@ def _add_train(item: argparse.ArgumentParser) -> None:
     item.set_defaults(command=_train)
 
 
+def _add_run(item: argparse.ArgumentParser) -> None:
+    item.add_argument("folder", type=Path, help="written by `mebp plan --out` or `step.save`")
+    item.add_argument("--data", type=Path, required=True, help="a text file, or .jsonl with text, prompt and completion, or messages")
+    item.add_argument("--steps", type=int, required=True)
+    item.add_argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json (without one bytes are tokens)")
+    item.add_argument("--seed", type=int, default=0, help="of the order of the data (0)")
+    item.add_argument("--state", type=Path, metavar="FOLDER", help="go on from what an earlier run saved with --adapter-out")
+    item.add_argument("--adapter-out", type=Path, metavar="FOLDER", help="save what was trained there (adapters in PEFT's format)")
+    item.add_argument("--offload", type=Path, metavar="DIR", help="folder on disk, instead of the one that the step was planned with")
+    item.add_argument("--log", type=Path, metavar="FILE", help="write the loss of each step, a JSON line each")
+    item.add_argument("--quiet", action="store_true", help="no progress")
+    item.set_defaults(command=_run)
+
+
 # --- commands ---
 
 
 def _explain(args: argparse.Namespace) -> None:
+    from mebp_compile.artifacts import load_artifacts
+    from mebp_compile.explain import explain
+
     graph, plan, _ = load_artifacts(args.folder)
     print(explain(graph, plan, args.module))
 
 
 def _why(args: argparse.Namespace) -> None:
+    from mebp_compile.artifacts import load_artifacts
+    from mebp_compile.explain import why
+
     graph, plan, _ = load_artifacts(args.folder)
     print(why(graph, plan, args.name))
 
 
 def _show(args: argparse.Namespace) -> None:
+    from mebp_compile.artifacts import load_artifacts
+    from mebp_compile.viz import write
+
     graph, plan, _ = load_artifacts(args.folder)
     print(write(args.picture, graph, plan))
 
 
 def _check(args: argparse.Namespace) -> None:
+    from mebp_compile.artifacts import check_artifacts
+
     print(check_artifacts(args.folder))
 
 
 def _plan(args: argparse.Namespace) -> None:
-    _prepare(args, _settings(args), Progress(args.quiet))
+    progress = Progress(args.quiet)
+    step = _prepare(args, _settings(args), progress).step
+    if args.scope == "process":
+        left_bytes, budget_bytes = step.plan.problem.budget_bytes, parse_budget(args.budget)
+        print(
+            f"process budget {format_bytes(budget_bytes)}: {format_bytes(budget_bytes - left_bytes)} for interpreter, torch, program and kernels, "
+            f"{format_bytes(left_bytes)} for the step"
+        )
+    if args.out is None:
+        return
+    with progress.stage("saving the step and its state"):
+        step.save(args.out)
+    print(f"saved   {args.out} (mebp run {args.out}; mebp explain {args.out}; mebp show {args.out} timeline.html)")
+    if args.scope == "process":
+        _try_out(args.out, parse_budget(args.budget), progress)
+
+
+def _try_out(folder: Path, budget_bytes: int, progress: Progress) -> None:
+    """Measure the saved step in a lean process. Raises BudgetError where it is above the budget after all."""
+    from mebp_compile.lean_process import TRIAL_STEPS, try_out
+
+    with progress.stage(f"{TRIAL_STEPS} steps in a lean process"):
+        peak_bytes = try_out(folder)["peak_bytes"]
+    print(_process_line(peak_bytes, budget_bytes))
+    if peak_bytes > budget_bytes:
+        raise BudgetError(
+            f"a lean process held {peak_bytes:,} bytes, {peak_bytes - budget_bytes:,} above the budget",
+            f"plan with a budget smaller by that, and report this step: {folder}",
+        )
+
+
+def _process_line(peak_bytes: int, budget_bytes: int | None) -> str:
+    """What a whole lean process held."""
+    limit = "" if budget_bytes is None else f", budget {budget_bytes:,} bytes ({format_bytes(budget_bytes)})"
+    return f"process RssAnon at most {peak_bytes:,} bytes ({format_bytes(peak_bytes)}), interpreter and torch included{limit}"
+
+
+def _run(args: argparse.Namespace) -> None:
+    from mebp_compile.lean_process import Run, become_lean, run
+
+    wanted = Run(args.folder, args.data, args.steps, args.tokenizer, args.seed, args.log, args.state, args.offload)
+    become_lean()
+    progress = Progress(args.quiet)
+    ran = run(wanted, lambda number, loss: progress.update("run", number, args.steps, f"loss {loss:.4f}"))
+    print(f"loss    {ran.losses[0]:.4f} at the first step, {ran.losses[-1]:.4f} at step {len(ran.losses)}")
+    if args.adapter_out is not None:
+        print(f"adapter {ran.step.save_state(args.adapter_out)}")
+    print(_process_line(ran.peak_bytes, ran.budget_bytes))
+    if ran.budget_bytes is not None and ran.peak_bytes > ran.budget_bytes:
+        raise BudgetError("the process was above its budget; everything was computed and saved", "plan again with a smaller budget")
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -162,16 +242,27 @@ def _train(args: argparse.Namespace) -> None:
         raise OptionError(f"there is no data file {args.data}", "give a UTF-8 .txt or .jsonl file")
     from mebp_compile.finetune import train
 
-    losses = train(_prepare(args, settings, progress), args.data, args.steps, args.adapter_out, args.log, progress)
+    training = _prepare(args, settings, progress)
+    if args.out is not None:
+        _save_plan(args.out, training.step)
+    losses = train(training, args.data, args.steps, args.adapter_out, args.log, progress)
     print(f"loss    {losses[0]:.4f} at the first step, {losses[-1]:.4f} at step {len(losses)}")
     if args.adapter_out is not None:
         print(f"adapter {args.adapter_out}")
 
 
+def _save_plan(folder: Path, step: CompiledStep) -> None:
+    """The artifacts alone: what is trained has its own place."""
+    from mebp_compile.artifacts import save_artifacts
+
+    save_artifacts(folder, step.graph, step.plan, step.code)
+    print(f"saved   {folder} (mebp explain {folder}; mebp show {folder} timeline.html)")
+
+
 def _bench(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from mebp_compile.bench import Contestant, race, table, write_plot
+    from mebp_compile.bench import Contestant, race, report, write_report
 
     if args.rounds < 1:
         raise OptionError(f"--rounds is {args.rounds}", "give a positive number")
@@ -183,24 +274,19 @@ def _bench(args: argparse.Namespace) -> None:
     rows = [Contestant(f"ours, {budget}", "ours", replace(settings, budget=budget)) for budget in args.budgets.split(",")]
     rows += [Contestant(kind, kind, settings) for kind in args.peers.split(",") if kind]
     results = race(rows, args.rounds, args.data, Progress(args.quiet))
-    text = table(results)
-    print(text)
+    print(report(results))
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "bench.txt").write_text(text + "\n")
-        print(write_plot(results, args.out / "bench.svg"))
+        print(*write_report(results, args.out), sep="\n")
 
 
 def _prepare(args: argparse.Namespace, settings: Settings, progress: Progress) -> Training:
-    """Model and planned step, with the summary printed and the artifacts saved."""
+    """Model and planned step, with the summary printed."""
+    from mebp_compile.explain import summary
     from mebp_compile.finetune import prepare
 
     training = prepare(settings, progress)
     step = training.step
     print(summary(step.graph, step.plan))
-    if args.out is not None:
-        save_artifacts(args.out, step.graph, step.plan, step.code)
-        print(f"saved   {args.out} (mebp explain {args.out}; mebp show {args.out} timeline.html)")
     return training
 
 
@@ -210,7 +296,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     return Settings(
         model=args.model, budget=args.budget, sequence=args.sequence, batch=args.batch, lora_rank=args.lora_rank, optimizer=args.optimizer,
         lr=args.lr, weights=args.weights, offload=args.offload, store=args.store, dtype=args.dtype, effort=args.effort,
-        time_limit_s=args.time_limit, seed=args.seed, numerics=args.numerics,
+        time_limit_s=args.time_limit, seed=args.seed, numerics=args.numerics, scope=getattr(args, "scope", "step"),
     )  # fmt: skip
 
 

@@ -18,30 +18,33 @@ from mebp_compile.capture import State, Traced, capture, find_state
 from mebp_compile.capture.contract import Contract, contract_of
 from mebp_compile.capture.optimizers import forget_state, initialise_used, optimizer_state_of
 from mebp_compile.compare import Comparison, compare
-from mebp_compile.config import Options, debug_level, dump_dir, parse_budget
+from mebp_compile.config import Budget, Options, as_budget, debug_level, dump_dir
 from mebp_compile.cost import measure_costs
-from mebp_compile.errors import BudgetInfeasible, MebpError, OptionError, StepPoisoned
+from mebp_compile.errors import BudgetInfeasible, LeanError, MebpError, OptionError, StepPoisoned
 from mebp_compile.graph import Graph
 from mebp_compile.lower import drop_gradients, lower
 from mebp_compile.lower.stream import stream_weights
 from mebp_compile.lower.tables import split_tables
 from mebp_compile.passes import better_tier, run_passes
 from mebp_compile.planning import Plan, build_problem, make_plan
+from mebp_compile.process_budget import checked_baseline_bytes, in_process, left_for_step, own_bytes
 from mebp_compile.runtime.ahead import state_after
+from mebp_compile.runtime.all_state import state_dict
 from mebp_compile.runtime.bind import Streamed, bind_weights
 from mebp_compile.runtime.guards import batch_tensors, holds, signature
-from mebp_compile.runtime.homes import Homes, state_dict
+from mebp_compile.runtime.homes import Homes
 from mebp_compile.runtime.program import Program, load
 from mebp_compile.runtime.setup import make_engine
 from mebp_compile.runtime.state import LiveState
 from mebp_compile.runtime.weights import WeightStore
+from mebp_compile.saving import Subject, save_step
 
 Progress = Callable[[str], None]
 
 
 def optimize(
     step_fn: Callable[..., Any],
-    budget: int | float | str,
+    budget: int | float | str | Budget,
     *,
     example: tuple[Any, ...] | None = None,
     state: Iterable[Any] | None = None,
@@ -61,14 +64,18 @@ def optimize(
     captured at the first call, or now if `example` gives a batch. `weights` names a scheme for the frozen weights ("int4", "nf4", "int8"), or is
     a WeightStore that has them; `offload` is a folder on a disk for activations and state. `numerics` is the tier that
     passes may use: "reassociate" allows the tiled loss. `solver` names a fixed schedule to compare with ("keep_all", "per_layer",
-    "recompute_all"). `progress` is told what is going on.
+    "recompute_all"). `progress` is told what is going on. With `Budget(..., scope="process")` the step is planned for a lean process:
+    `save` it, and run it with `load_lean` or `mebp run`.
     Raises BudgetError, OptionError, CaptureError, StoreError, and BudgetInfeasible with the smallest budget found.
     """
     if not callable(step_fn):
         raise OptionError(
             f"step_fn is a {type(step_fn).__name__}, not a callable", "pass the function that does forward, backward and update"
         )
-    options = Options(parse_budget(budget), Path(offload) if offload is not None else None, numerics, grads, effort, time_limit_s, cache, solver)
+    wanted, folder = as_budget(budget), Path(offload) if offload is not None else None
+    options = Options(wanted.size_bytes, folder, numerics, grads, effort, time_limit_s, cache, solver, wanted.scope)
+    if wanted.scope == "process":
+        options = replace(options, baseline_bytes=checked_baseline_bytes(wanted.size_bytes))
     found = find_state(step_fn, state)
     step = CompiledStep(step_fn, found, options, bind_weights(found, weights, options.offload_dir), progress)
     if example is not None:
@@ -76,7 +83,7 @@ def optimize(
     return step
 
 
-def plan(step_fn: Callable[..., Any], budget: int | float | str, *, example: tuple[Any, ...], **options: Any) -> Plan:
+def plan(step_fn: Callable[..., Any], budget: int | float | str | Budget, *, example: tuple[Any, ...], **options: Any) -> Plan:
     """A dry run: the plan of `optimize` with the same arguments. Nothing is allocated for the step, and nothing runs."""
     return optimize(step_fn, budget, **options).dry_run(*example)
 
@@ -96,14 +103,16 @@ def build(
         graph = split_tables(graph, options.budget_bytes, tell)
     graph = stream_weights(graph, records)
     costs, graph = measure_costs(graph, options, records, tell)
-    problem = build_problem(graph, costs, options.budget_bytes, options.offload_dir is not None)
+    own = own_bytes(options, graph, records)
+    problem = build_problem(graph, costs, left_for_step(options, own), options.offload_dir is not None)
     tell(f"solving for {len(graph.ops):,} ops on {len(graph.storages):,} storages")
     advice = ", ".join(filter(None, (saves, higher)))
     try:
         solved = make_plan(graph, problem, options.effort, options.time_limit_s, advice=advice, tell=tell, solver=options.solver)
     except BudgetInfeasible as error:
-        error.refused = (contract_of(traced), graph)
-        raise
+        refusal = in_process(error, own) if own else error
+        refusal.refused = (contract_of(traced), graph)
+        raise refusal from None
     return contract_of(traced), graph, solved, codegen.generate(graph, solved)
 
 
@@ -146,6 +155,11 @@ class CompiledStep:
 
     def __call__(self, *batch: Any, **kwargs: Any) -> Any:
         self._refuse_poisoned()
+        if self.options.scope == "process":
+            raise LeanError(
+                "a process budget can't be kept here: this process has captured and planned, and holds far more than a lean one",
+                'save(folder), then `mebp run folder` or load_lean(folder) in a process of its own; or give a budget of scope="step"',
+            )
         program = self.prepare(*batch, **kwargs)
         program.arrange()
         try:
@@ -174,7 +188,7 @@ class CompiledStep:
         if not force and not restorable:
             self._refuse_poisoned()
         if self.homes is not None:
-            self.homes.materialise()
+            self.homes.materialise(force)
         if self.poisoned and restorable and not force:
             self.poisoned, self.current = "", None
             self.programs.clear()
@@ -315,8 +329,12 @@ class CompiledStep:
         return compare(self.step_fn, (batch, kwargs), self.prepare(*batch, **kwargs), self.state, self.streamed)
 
     def save(self, folder: str | Path) -> Path:
-        """Write graph, problem, schedule, offsets and program as files, for `mebp check`, `mebp show` and `load`."""
-        return artifacts.save_artifacts(folder, self.graph, self.plan, self.code)
+        """Write graph, problem, schedule, offsets and program as files, for `mebp check` and `mebp show`; and all state, for `load_lean` and
+        `mebp run` in a process that has nothing but torch. After a failed step the state is left out. Raises DiskError."""
+        program = self.program
+        facts = next(facts for facts, programs in self.programs.items() if any(known is program for known in programs))
+        own = (self.state, self.options, self.streamed, self.homes, self.ignored_gradients)
+        return save_step(folder, Subject(program, *own, facts, self.poisoned))
 
     def use_code(self, path: str | Path) -> None:
         """Run an edited program text from now on, for the batch that was used last."""

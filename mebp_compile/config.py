@@ -12,9 +12,34 @@ from mebp_compile.errors import BudgetError, OptionError
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 TIERS = ("exact", "reassociate", "approximate")
-SOLVERS = ("keep_all", "per_layer", "recompute_all")  # fixed schedules to compare with; None searches
+SOLVERS = ("keep_all", "per_layer", "mesp", "recompute_all")  # fixed schedules to compare with; None searches
 SCHEMES = ("int4", "nf4", "int8")
 BUDGET_FIX = 'give bytes or a string such as "256MB" (10^6) or "1GiB" (2^30)'
+
+
+SCOPES = ("step", "process")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much memory, and whose. scope "step": everything that the step needs, above the process as it is without it. scope "process": all
+    anonymous memory of the lean process that runs the saved step, interpreter and torch included.
+
+    `size_bytes`: bytes, or text with a unit, which becomes bytes. Raises BudgetError, OptionError.
+    """
+
+    size_bytes: int
+    scope: str = "step"
+
+    def __init__(self, size: int | float | str, scope: str = "step") -> None:
+        object.__setattr__(self, "size_bytes", parse_budget(size))
+        object.__setattr__(self, "scope", scope)
+        _one_of("scope", scope, SCOPES)
+
+
+def as_budget(budget: int | float | str | Budget) -> Budget:
+    """A Budget as it is, a bare size as one of a step."""
+    return budget if isinstance(budget, Budget) else Budget(budget)
 
 
 def parse_budget(budget: int | float | str) -> int:
@@ -36,7 +61,8 @@ def _parse_text(text: str) -> float:
 
 @dataclass(frozen=True)
 class Options:
-    """What `optimize` was asked for, checked. `offload_dir` is the folder of the scratch file, or None."""
+    """What `optimize` was asked for, checked. `offload_dir` is the folder of the scratch file, or None. With `scope` "process" the
+    budget is that of a whole lean process, which holds `baseline_bytes` without a step."""
 
     budget_bytes: int
     offload_dir: Path | None = None
@@ -46,8 +72,16 @@ class Options:
     time_limit_s: float = 20.0
     cache: bool = True
     solver: str | None = None
+    scope: str = "step"
+    baseline_bytes: int = 0
+
+    @property
+    def process_bytes(self) -> int | None:
+        """The budget of the lean process, if it has one."""
+        return self.budget_bytes if self.scope == "process" else None
 
     def __post_init__(self) -> None:
+        _one_of("scope", self.scope, SCOPES)
         _one_of("numerics", self.numerics, TIERS)
         _one_of("grads", self.grads, ("keep", "drop"))
         _one_of("effort", self.effort, ("fast", "balanced", "proof"))

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,23 @@ def measure_costs(
         "interference": disk["interference"],
     }
     return Costs(costs, measured=True, **speeds), replace(graph, ops=ops)
+
+
+def kernel_bytes(graph: Graph, records: Mapping[str, Record]) -> int:
+    """What the ops of a graph leave behind in a process for good at their first call, as measured: the code that oneDNN compiles for each
+    distinct matmul, mostly. Of a Loop's tiles the choice that leaves most counts."""
+    known = CostTable().known
+    once: dict[str, int] = {}
+    for op in graph.ops:
+        request = _request(graph, op, dict(records))
+        tiles = [tile for tile, _ in loop_requests(graph, op).values()] if op.menu else []
+        largest = max(tiles, key=lambda tile: _once_bytes(known, tile), default=None)
+        once |= {_key(item): _once_bytes(known, item) for item in (request, largest) if item is not None}
+    return sum(once.values())
+
+
+def _once_bytes(known: Mapping[str, Json], request: Json) -> int:
+    return int(known.get(_key(request), {}).get("once_bytes") or 0)
 
 
 # --- what is asked of the child ---

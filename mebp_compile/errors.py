@@ -68,6 +68,10 @@ class StepPoisoned(MebpError):
     """An earlier call failed in mid-step, so the model may be half updated."""
 
 
+class LeanError(MebpError):
+    """A saved step that can't run without the user's own objects, or not in this process or with this batch."""
+
+
 class StoreError(MebpError):
     """A weight store is damaged, truncated, incomplete or does not match the model."""
 

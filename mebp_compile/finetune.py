@@ -6,12 +6,10 @@ A worked example of the API as much as a tool: `make_step` is an ordinary traini
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import random
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +19,14 @@ import torch
 from torch import nn
 
 from mebp_compile.compiler import CompiledStep, optimize
-from mebp_compile.config import SCHEMES, cache_dir
+from mebp_compile.config import SCHEMES, Budget, cache_dir
+from mebp_compile.data import ByteTokens, batches, blocks, open_log, read_examples
 from mebp_compile.errors import DiskError, OptionError
 from mebp_compile.models import CONFIGS, named_config
 from mebp_compile.planning import Plan
 from mebp_compile.progress import Progress
 from mebp_compile.runtime.weights import WeightStore
 
-IGNORED = -100  # the label of tokens that give no loss
-BYTE_END = 256  # the token after each example where bytes are tokens
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
@@ -54,6 +51,7 @@ class Settings:
     seed: int = 0
     numerics: str = "exact"
     solver: str | None = None
+    scope: str = "step"
 
     def __post_init__(self) -> None:
         for name in ("sequence", "batch", "lora_rank"):
@@ -226,21 +224,12 @@ def _optimize(
     step_fn: Callable[..., Any], settings: Settings, store: WeightStore | None, say: Callable[[str], None] | None
 ) -> CompiledStep:
     return optimize(
-        step_fn, settings.budget, weights=store, offload=settings.offload, numerics=settings.numerics, solver=settings.solver,
+        step_fn, Budget(settings.budget, settings.scope), weights=store, offload=settings.offload, numerics=settings.numerics, solver=settings.solver,
         effort=settings.effort, time_limit_s=settings.time_limit_s, progress=say,
     )  # fmt: skip
 
 
 # --- data ---
-
-
-class ByteTokens:
-    """Bytes as tokens, for models without a tokenizer: 0-255, and 256 after each example."""
-
-    eos_token_id = BYTE_END
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode("utf-8"))
 
 
 def load_tokens(settings: Settings) -> Any:
@@ -253,68 +242,9 @@ def load_tokens(settings: Settings) -> Any:
     return transformers.AutoTokenizer.from_pretrained(settings.model, local_files_only=True)
 
 
-def read_examples(path: Path) -> list[list[tuple[str, bool]]]:
-    """Examples as (text, gives loss) parts. A text file is one; each line of a .jsonl has "text", "prompt" and "completion", or "messages"."""
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"can't read the data {path}: {error}", "give a UTF-8 .txt or .jsonl file") from error
-    if path.suffix != ".jsonl":
-        return [[(content, True)]]
-    return [_parts(path, number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
-
-
-def _parts(path: Path, number: int, line: str) -> list[tuple[str, bool]]:
-    try:
-        row = json.loads(line)
-        if "messages" in row:
-            return [(f"{item['role']}: {item['content']}\n", item["role"] == "assistant") for item in row["messages"]]
-        if "prompt" in row:
-            return [(row["prompt"], False), (row["completion"], True)]
-        return [(str(row["text"]), True)]
-    except (ValueError, KeyError, TypeError) as error:
-        raise OptionError(
-            f"{path}, line {number}: not an example ({type(error).__name__}: {error})",
-            'write {"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [{"role": ..., "content": ...}]}',
-        ) from error
-
-
-def blocks(examples: Sequence[Sequence[tuple[str, bool]]], tokens: Any, sequence: int) -> list[tuple[list[int], list[int]]]:
-    """Examples end to end, cut into blocks of `sequence` tokens: (input ids, labels). Blocks in which nothing gives loss are left out."""
-    ids: list[int] = []
-    labels: list[int] = []
-    for example in examples:
-        for text, counts in example:
-            new = list(tokens.encode(text))
-            ids += new
-            labels += new if counts else [IGNORED] * len(new)
-        end = tokens.eos_token_id
-        if end is not None:
-            ids.append(end)
-            labels.append(end if example and example[-1][1] else IGNORED)
-    cuts = [(ids[at : at + sequence], labels[at : at + sequence]) for at in range(0, len(ids) - sequence + 1, sequence)]
-    useful = [block for block in cuts if any(label != IGNORED for label in block[1][1:])]
-    if not useful:
-        raise OptionError(
-            f"the data has {len(ids)} tokens: not one block of {sequence} that gives loss", "give more data, or a shorter --sequence"
-        )
-    return useful
-
-
 def byte_batches(settings: Settings, data: Path) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batches of a data file with bytes as tokens, whatever the model."""
     return batches(blocks(read_examples(data), ByteTokens(), settings.sequence), settings.batch, settings.seed)
-
-
-def batches(data: Sequence[tuple[list[int], list[int]]], batch: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless batches: the blocks in a new random order each time round."""
-    order: list[int] = []
-    chance = random.Random(seed)
-    while True:
-        while len(order) < batch:
-            order += chance.sample(range(len(data)), len(data))
-        chosen, order = order[:batch], order[batch:]
-        yield torch.tensor([data[index][0] for index in chosen]), torch.tensor([data[index][1] for index in chosen])
 
 
 # --- the loop ---
@@ -335,29 +265,6 @@ def train(training: Training, data: Path, steps: int, adapter: Path | None, log:
     if adapter is not None:
         save_adapter(training.model, adapter)
     return losses
-
-
-class open_log:
-    """A context that gives a function writing one JSON line; without a path it writes nothing."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-
-    def __enter__(self) -> Callable[[dict[str, Any]], None]:
-        try:
-            self.file = self.path.open("w", encoding="utf-8") if self.path is not None else None
-        except OSError as error:
-            raise DiskError(f"can't write the log {self.path}: {error.strerror}", "give a file in a folder that exists") from error
-        return self._write
-
-    def _write(self, row: dict[str, Any]) -> None:
-        if self.file is not None:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
-
-    def __exit__(self, *_: object) -> None:
-        if self.file is not None:
-            self.file.close()
 
 
 def save_adapter(model: Any, folder: Path) -> None:

@@ -18,7 +18,6 @@ from torch import nn
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental import proxy_tensor
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.fx.traceback import annotate_fn, preserve_node_meta
 from torch.nn.utils import stateless
 
@@ -26,13 +25,13 @@ from mebp_compile.errors import GraphError
 
 FRAMES_KEPT = 3  # of the stack of each node
 
-DataDependent = GuardOnDataDependentSymNode
-
 
 # --- fake tensors ---
 
 
 def fake_mode() -> FakeTensorMode:
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # brings sympy, 36 MB, which only a capture needs
+
     return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
 
 
@@ -73,6 +72,13 @@ def is_fake(tensor: torch.Tensor) -> bool:
 
 
 # --- tracing ---
+
+
+def data_dependent() -> type[Exception]:
+    """What torch raises where Python branches on a value that is known only when the step runs."""
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    return GuardOnDataDependentSymNode
 
 
 @contextlib.contextmanager

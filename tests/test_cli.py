@@ -16,20 +16,10 @@ from planned import costs_by_bytes, roomy, tight
 from mebp_compile.artifacts import check_artifacts, load_artifacts, save_artifacts
 from mebp_compile.cli import main
 from mebp_compile.config import format_bytes
+from mebp_compile.data import IGNORED, ByteTokens, batches, blocks, read_examples
 from mebp_compile.errors import OptionError
 from mebp_compile.explain import explain, why
-from mebp_compile.finetune import (
-    IGNORED,
-    ByteTokens,
-    Settings,
-    _on_meta,
-    batches,
-    blocks,
-    build_model,
-    load_tokens,
-    make_step,
-    read_examples,
-)  # fmt: skip
+from mebp_compile.finetune import Settings, _on_meta, build_model, load_tokens, make_step
 from mebp_compile.progress import Progress
 
 TINY = ["--model", "tiny-qwen2", "--sequence", "32", "--dtype", "float32", "--effort", "fast", "--quiet"]

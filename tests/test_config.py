@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mebp_compile.config import Options, cache_dir, debug_level, format_bytes, parse_budget
+from mebp_compile.config import Budget, Options, as_budget, cache_dir, debug_level, format_bytes, parse_budget
 from mebp_compile.errors import BudgetError, OptionError
 
 
@@ -70,3 +70,19 @@ def test_environment_is_read_here_alone(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("MEBP_DEBUG", "loud")
     with pytest.raises(OptionError):
         debug_level()
+
+
+def test_a_budget_has_bytes_and_a_scope() -> None:
+    """Budget reads sizes as parse_budget does, is a step's unless said otherwise, and refuses other scopes; a bare size is a step's budget."""
+    assert Budget("256MB", scope="process").size_bytes == 256 * 10**6
+    assert as_budget("1KiB") == Budget(1024) == Budget(1024, "step")
+    assert as_budget(Budget("1GB", "process")) == Budget(10**9, "process")
+    assert Options(1000, scope="process").process_bytes == 1000
+    assert Options(1000).process_bytes is None
+    with pytest.raises(BudgetError):
+        Budget("lots")
+    for scope in ("planet", ""):
+        with pytest.raises(OptionError, match="scope"):
+            Budget("1GB", scope=scope)
+        with pytest.raises(OptionError, match="scope"):
+            Options(1000, scope=scope)

@@ -1,20 +1,23 @@
 """The contestants, as they run inside their own process: each is a training step on the same weights and batches.
 
-Peers hold the dequantised weights in memory, as their users do; ours streams them from the same store. What a peer's step takes is counted as
-ours is: everything that it keeps between steps and everything that a step adds.
+Peers hold the dequantised weights in memory, as their users do; ours streams them from the same store, and bitsandbytes packs them its own way.
+What a peer's step takes is counted as ours is: everything that it keeps between steps and everything that a step adds.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from mebp_compile import finetune
+from mebp_compile.bench import nf4, torch_compile
+from mebp_compile.bench.torch_private import allocated_peak
 from mebp_compile.capture import State, find_state
 from mebp_compile.compare import live_tensors
 from mebp_compile.errors import BudgetInfeasible, OptionError
@@ -40,41 +43,107 @@ class Runner:
     held: Any = None  # what has to stay alive
 
 
+@dataclass
+class Dense:
+    """A user's own step, its weights in memory while `held` is open."""
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    step: Callable[..., torch.Tensor]
+    state: State
+    held: contextlib.ExitStack
+
+
 def prepare(kind: str, settings: finetune.Settings) -> Runner:
-    """`kind`: "ours", "eager", "checkpointing" (of transformers), "mezo", or "schedule:NAME", a fixed schedule run by our engine."""
-    if kind == "ours" or kind.startswith("schedule:"):
-        return _compiled(settings, kind.partition(":")[2] or None)
+    """`kind`: "ours"; "schedule:NAME", a fixed schedule run by our engine; or a name of PEERS, with what it takes after a colon."""
+    name, _, detail = kind.partition(":")
+    if name in ("ours", "schedule"):
+        return _compiled(settings, detail or None)
+    if name not in PEERS:
+        raise OptionError(f"no contestant is called {kind!r}", f"use ours, schedule:per_layer, schedule:mesp, or one of {', '.join(PEERS)}")
+    if name == "bnb":
+        nf4.require_bitsandbytes()
+    runner = PEERS[name](_dense(settings), detail, settings)
+    gc.collect()
+    return runner
+
+
+def _dense(settings: finetune.Settings) -> Dense:
     model, store = finetune.build_model(settings)
-    step_fn, _ = finetune.make_step(model, settings)
-    state = find_state(step_fn)
-    held = contextlib.ExitStack()
+    step_fn, optimizer = finetune.make_step(model, settings)
+    state, held = find_state(step_fn), contextlib.ExitStack()
     held.enter_context(dense_weights(state, bind_weights(state, store, None)))
-    if kind == "checkpointing":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-    elif kind == "mezo":
-        step_fn = mezo_step(model, settings.lr)
-    elif kind != "eager":
-        raise OptionError(f"no contestant is called {kind!r}", 'use "ours", "eager", "checkpointing", "mezo" or "schedule:per_layer"')
-    return _plain(step_fn, state, held)
+    return Dense(model, optimizer, step_fn, state, held)
 
 
-def _plain(step_fn: Callable[..., torch.Tensor], state: State, held: contextlib.ExitStack) -> Runner:
-    """A user's own step. `held` keeps what it needs alive."""
+# --- peers ---
+
+
+def _eager(dense: Dense, _: str, settings: finetune.Settings) -> Runner:
+    return _plain(dense.step, dense)
+
+
+def _checkpointing(dense: Dense, _: str, settings: finetune.Settings) -> Runner:
+    """transformers' own gradient checkpointing: a layer's input is kept, the layer runs again in the backward."""
+    dense.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    return _plain(dense.step, dense)
+
+
+def _torch_compile(dense: Dense, budget: str, settings: finetune.Settings) -> Runner:
+    return _plain(torch_compile.compiled_step(dense.model, dense.step, budget), dense, compiled=True)
+
+
+def _remat_by_tags(dense: Dense, backend: str, settings: finetune.Settings) -> Runner:
+    step = torch_compile.remat_by_tags_step(dense.model, dense.optimizer, backend or "aot_eager")
+    return _plain(step, dense, compiled=True)
+
+
+def _mezo(dense: Dense, _: str, settings: finetune.Settings) -> Runner:
+    return _plain(mezo_step(dense.model, settings.lr), dense)
+
+
+def _bnb(dense: Dense, _: str, settings: finetune.Settings) -> Runner:
+    """The dense weights only pass through memory, on their way to the packed ones."""
+    model = nf4.nf4_model(dense.model, finetune.DTYPES[settings.dtype])
+    dense.held.close()
+    step_fn, optimizer = finetune.make_step(model, settings)
+    packed = Dense(model, optimizer, step_fn, find_state(step_fn), contextlib.ExitStack())
+    return _plain(step_fn, packed, hidden=list(nf4.hidden_tensors(model)))
+
+
+PEERS: dict[str, Callable[[Dense, str, finetune.Settings], Runner]] = {
+    "eager": _eager,
+    "checkpointing": _checkpointing,
+    "compile": _torch_compile,
+    "remat_by_tags": _remat_by_tags,
+    "mezo": _mezo,
+    "bnb": _bnb,
+}
+
+
+def _plain(step_fn: Callable[..., torch.Tensor], dense: Dense, compiled: bool = False, hidden: Iterable[torch.Tensor] = ()) -> Runner:
+    """A step without a plan. compiled: by torch, so that StorageMeter can't be used; hidden: tensors kept that its state does not show."""
 
     def storages(batch: Batch) -> int:
+        kept = [*live_tensors(dense.state), *hidden, *batch]
+        if compiled:
+            return storage_bytes(kept) + allocated_peak(lambda: step_fn(*batch))
         with StorageMeter() as meter:
-            meter.watch(*live_tensors(state), *batch)
+            meter.watch(*kept)
             step_fn(*batch)
         return meter.peak_bytes
 
     def process(batch: Batch) -> Json:
-        return _bytes(meter_call(lambda: step_fn(*batch), storage_bytes(live_tensors(state))))
+        return _bytes(meter_call(lambda: step_fn(*batch), storage_bytes([*live_tensors(dense.state), *hidden])))
 
-    return Runner(lambda batch: float(step_fn(*batch).item()), storages, process, {}, held)
+    return Runner(lambda batch: float(step_fn(*batch).item()), storages, process, {}, dense)
 
 
 def _bytes(reading: ProcessReading) -> Json:
     return {"malloc_bytes": reading.malloc_bytes, "anon_bytes": reading.anon_bytes, "resident_bytes": reading.resident_bytes}
+
+
+# --- ours ---
 
 
 def _compiled(settings: finetune.Settings, solver: str | None) -> Runner:
@@ -98,6 +167,9 @@ def _at_its_own_peak(step_fn: Callable[..., Any], settings: finetune.Settings, s
     except BudgetInfeasible as refusal:
         return replace(settings, budget=str(int(refusal.smallest_bytes * ROOM)), solver=solver)
     raise AssertionError("a budget of one byte was accepted")
+
+
+# --- MeZO ---
 
 
 def mezo_step(model: torch.nn.Module, lr: float) -> Callable[..., torch.Tensor]:

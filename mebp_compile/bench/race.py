@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from mebp_compile.measure.malloc_meter import library_path, preload_environment
 from mebp_compile.progress import Progress
 
 Json = dict[str, Any]
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # no downloads, and no helper processes beside a contestant's own
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ class Result:
     @property
     def median_s(self) -> float:
         return statistics.median(self.seconds) if self.seconds else 0.0
+
+    @property
+    def peak_bytes(self) -> int:
+        """malloc's peak, or that of tensors where malloc is not metered."""
+        return self.malloc_bytes or self.tensor_bytes
 
 
 def race(contestants: Sequence[Contestant], rounds: int, text: Path, progress: Progress) -> list[Result]:
@@ -96,11 +103,18 @@ def _take(result: Result, answer: Json) -> None:
             setattr(result, key, answer[key])
 
 
+def _ended(status: int) -> str:
+    """A process that ended too early, in words."""
+    if status < 0:
+        return f"its process was killed by signal {-status}{' (out of memory, most likely)' if status == -signal.SIGKILL else ''}"
+    return f"its process ended with status {status}"
+
+
 class _Runner:
     """A contestant's process, asked line by line."""
 
     def __init__(self, contestant: Contestant, text: Path) -> None:
-        environment = {**os.environ, **(preload_environment() if library_path() is not None else {})}
+        environment = {**os.environ, **OFFLINE, **(preload_environment() if library_path() is not None else {})}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "mebp_compile.bench.serve"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
@@ -116,7 +130,7 @@ class _Runner:
         self._send(question)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        answer: Json = json.loads(line) if line else {"error": f"its process ended with status {self.process.wait()}"}
+        answer: Json = json.loads(line) if line else {"error": _ended(self.process.wait())}
         self.failed = str(answer.get("error", ""))
         return answer
 
@@ -126,7 +140,7 @@ class _Runner:
             self.process.stdin.write(json.dumps(message) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            self.failed = self.failed or f"its process ended with status {self.process.wait()}"
+            self.failed = self.failed or _ended(self.process.wait())
 
     def close(self) -> None:
         """End the process."""

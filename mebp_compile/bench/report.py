@@ -1,28 +1,47 @@
-"""The table and the picture of a race."""
+"""What a race gave: the table, the verdict on each peer, JSON, and the files of all of them. The picture is in `plot`."""
 
 from __future__ import annotations
 
-import html
-import math
+import json
+import statistics
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
+from mebp_compile.bench.plot import write_plot
 from mebp_compile.bench.race import Result
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 760, 460, 70, 60, 30
-OURS, PEER = "#0b62a4", "#c4522b"
 MB = 10**6
 
 
+def report(results: Sequence[Result], reference: str = "eager") -> str:
+    """The table and a verdict on each peer, as text."""
+    return "\n".join([table(results, reference), "", *verdicts(results)])
+
+
+def write_report(results: Sequence[Result], folder: Path) -> list[Path]:
+    """bench.txt (the text), bench.json (every measurement) and bench.svg (the picture) in a folder, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "bench.txt").write_text(report(results) + "\n")
+    rows = [{**asdict(result), "median_s": result.median_s, "peak_bytes": result.peak_bytes} for result in results]
+    (folder / "bench.json").write_text(json.dumps(rows, indent=1) + "\n")
+    return [folder / "bench.txt", folder / "bench.json", write_plot(results, folder / "bench.svg")]
+
+
+# --- the table ---
+
+
 def table(results: Sequence[Result], reference: str = "eager") -> str:
-    """A line per contestant: bytes in MB = 10^6, median seconds a step, and the ratio to the reference's."""
+    """A line per contestant: bytes in MB = 10^6, median seconds a step, and the ratio to the reference's. Who did not run has the reason there."""
     base = next((result.median_s for result in results if result.kind == reference and result.seconds), 0.0)
     head = ["", "budget", "tensors", "malloc", "RssAnon", "VmHWM", "predicted", "s/step", f"x {reference}", "predicted s", "last loss"]
     rows = [head, *(_row(result, base) for result in results)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    ran = [bool(result.seconds) for result in results]
     lines = [_aligned(row, widths) for row in rows]
-    failed = [f"{result.name}: {result.error}" for result in results if result.error]
-    return "\n".join([*lines, *failed])
+    reasons = [f"{result.name}: {result.error}" if result.error else "" for result in results]
+    own = [line if has else reason or line for line, has, reason in zip(lines[1:], ran, reasons, strict=True)]
+    return "\n".join([lines[0], *own, *(reason for reason, has in zip(reasons, ran, strict=True) if reason and has)])
 
 
 def _aligned(row: list[str], widths: list[int]) -> str:
@@ -43,29 +62,42 @@ def _mb(size_bytes: int) -> str:
     return f"{size_bytes / MB:,.1f}" if size_bytes else ""
 
 
-def write_plot(results: Sequence[Result], path: Path) -> Path:
-    """An SVG: malloc's peak (log scale) against seconds a step; ours joined by a line, a dot with a name for each."""
-    points = [result for result in results if result.seconds and result.malloc_bytes]
-    if not points:
-        path.write_text('<svg xmlns="http://www.w3.org/2000/svg"/>\n')
-        return path
-    low, high = (pick(math.log10(result.malloc_bytes) for result in points) for pick in (min, max))
-    slowest = max(result.median_s for result in points) * 1.1
+# --- verdicts ---
 
-    def place(result: Result) -> tuple[float, float]:
-        across = (math.log10(result.malloc_bytes) - low) / ((high - low) or 1)
-        return LEFT + across * (WIDTH - LEFT - 130), HEIGHT - BOTTOM - result.median_s / slowest * (HEIGHT - BOTTOM - TOP)
 
-    ours = sorted((place(result) for result in points if result.kind == "ours"), key=lambda at: at[0])
-    parts = [f'<polyline fill="none" stroke="{OURS}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in ours)}"/>'] if len(ours) > 1 else []
-    for result in points:
-        (x, y), colour = place(result), OURS if result.kind == "ours" else PEER
-        label = f"{html.escape(result.name)}: {_mb(result.malloc_bytes)} MB, {result.median_s:.2f} s"
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/><text x="{x + 7:.1f}" y="{y - 5:.1f}" fill="{colour}">{label}</text>')
-    parts.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 20}" text-anchor="middle">peak of a step, MB (log scale)</text>')
-    parts.append(f'<text x="18" y="{HEIGHT / 2}" transform="rotate(-90 18 {HEIGHT / 2})" text-anchor="middle">seconds a step, from 0</text>')
-    axes = f'<path d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - 20}" fill="none" stroke="#444"/>'
-    style = "<style>text{font:11px sans-serif}</style>"
-    body = "".join([style, '<rect width="100%" height="100%" fill="#fff"/>', axes, *parts])
-    path.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}">{body}</svg>\n')
-    return path
+def verdicts(results: Sequence[Result]) -> list[str]:
+    """A line per peer: whether a point of ours is below and left of it, that is, needs no more memory (malloc's peak) and no more time
+    (median of the ratios of the steps of one round)."""
+    ours = [result for result in results if result.kind == "ours" and result.seconds and not result.error]
+    return [f"ours against {result.name}: {_verdict(result, ours)}" for result in results if result.kind != "ours"]
+
+
+def _verdict(peer: Result, ours: Sequence[Result]) -> str:
+    if not peer.seconds or peer.error:
+        return "not measured to the end, so nothing is said of it"
+    if not ours:
+        return "nothing of ours ran"
+    inside = [our for our in ours if our.peak_bytes <= peer.peak_bytes]
+    size = f"{peer.peak_bytes / MB:,.1f} MB"
+    if not inside:
+        return f"NOT left of its {size}: the smallest of ours is {_against(min(ours, key=_bytes), peer)}"
+    fastest = min(inside, key=lambda our: paired_ratio(our, peer))
+    better = [our for our in inside if paired_ratio(our, peer) <= 1]
+    if not better:
+        return f"NOT below: within its {size} the fastest of ours is {_against(fastest, peer)}"
+    least = min(better, key=_bytes)
+    named = [_against(least, peer)] if least is fastest else [_against(least, peer), _against(fastest, peer)]
+    return f"below and left of its {size}: {' and '.join(named)}"
+
+
+def paired_ratio(our: Result, peer: Result) -> float:
+    """The median, over the rounds, of our step's time divided by the peer's."""
+    return statistics.median(mine / its for mine, its in zip(our.seconds, peer.seconds, strict=False))
+
+
+def _against(our: Result, peer: Result) -> str:
+    return f"{our.name} ({our.peak_bytes / MB:,.1f} MB, {paired_ratio(our, peer):.2f} x its time)"
+
+
+def _bytes(result: Result) -> int:
+    return result.peak_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -11,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from mebp_compile.bench.peers import Batch, Runner, prepare
+from mebp_compile.bench.unavailable import in_short
 from mebp_compile.finetune import Settings, byte_batches
 
 FOLDERS = ("offload", "store")
 
 
 def serve() -> None:
-    """Answer until standard input ends. What libraries print goes to standard error."""
+    """Answer until standard input ends. What libraries print goes to standard error. Where memory runs out, this process is the first to go."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     first = json.loads(sys.stdin.readline())
@@ -34,7 +38,7 @@ def serve() -> None:
                 assert runner is not None
                 answer = ask(runner, question, source)
         except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
+            answer = {"error": in_short(error)}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 

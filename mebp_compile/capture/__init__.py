@@ -57,7 +57,7 @@ def _trace(
             traced = trace_step(step_fn, state, batch, kwargs, salt)
         except MebpError:
             raise
-        except torch_private.DataDependent as error:
+        except torch_private.data_dependent() as error:
             raise DataDependentBranch(
                 f"the step branches on the value of a tensor at {torch_private.raising_line(error)}",
                 "compute with torch.where, or take the decision outside the step from what it returns",

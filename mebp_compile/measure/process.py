@@ -21,6 +21,8 @@ from mebp_compile.errors import MeasureError
 
 M_TRIM_THRESHOLD = -1  # <malloc.h>
 M_MMAP_THRESHOLD = -3
+M_ARENA_MAX = -8
+PR_SET_THP_DISABLE = 41  # <linux/prctl.h>
 RESET_PEAK = b"5"  # proc(5), clear_refs: reset the peak resident set size to the current one
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 LINUX_FIX = "run on Linux with /proc mounted, or use the StorageMeter, which needs neither"
@@ -102,12 +104,11 @@ class PeakRss:
         self.peak_rss_bytes = self.after.peak_bytes if self._reset else None
 
     def _sample(self) -> None:
-        """statm's resident minus shared pages is RssAnon; one pread of a kept file is the cheapest way to ask."""
+        """Sample until told to stop."""
         file = os.open("/proc/self/statm", os.O_RDONLY)
         try:
             while not self._stop.wait(self.interval_s):
-                resident, shared = os.pread(file, 256, 0).split()[1:3]
-                self.peak_anon_bytes = max(self.peak_anon_bytes, (int(resident) - int(shared)) * PAGE_BYTES)
+                self.peak_anon_bytes = max(self.peak_anon_bytes, anon_bytes(file))
         finally:
             os.close(file)
 
@@ -123,6 +124,25 @@ def set_malloc_thresholds(mmap_bytes: int = 65536, trim_bytes: int = 65536) -> b
     if mallopt is None:
         return False
     return bool(mallopt(M_MMAP_THRESHOLD, mmap_bytes)) and bool(mallopt(M_TRIM_THRESHOLD, trim_bytes))
+
+
+def spare_memory() -> None:
+    """For the rest of this process: one malloc arena for all threads, and no huge pages, of which a few used bytes would charge 2 MiB.
+
+    Works best before the first thread starts. Silently does what the C library and the kernel allow.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(M_ARENA_MAX, 1)
+    if hasattr(library, "prctl"):
+        library.prctl(PR_SET_THP_DISABLE, *map(ctypes.c_ulong, (1, 0, 0, 0)))
+
+
+def anon_bytes(statm: int) -> int:
+    """Anonymous memory of this process now; `statm` is a descriptor of /proc/self/statm, whose resident minus shared pages is RssAnon. One
+    pread of a kept file is the cheapest way to ask."""
+    resident, shared = os.pread(statm, 256, 0).split()[1:3]
+    return (int(resident) - int(shared)) * PAGE_BYTES
 
 
 def malloc_trim() -> bool:

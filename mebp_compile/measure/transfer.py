@@ -13,6 +13,7 @@ import errno
 import os
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ QUEUE_LENGTH = 16
 CLOSE_TIMEOUT_S = 30.0
 FULL = (errno.ENOSPC, errno.EDQUOT)
 CLOSED_FIX = "keep the DiskThread open until every ticket has been waited for"
+MEMORY_FIX = "free memory: end other programs, or take a smaller budget"
 
 
 class TransferClosed(DiskError):
@@ -192,7 +194,10 @@ class DiskThread:
         self._state = _State(queue_length, record)
         self._thread = threading.Thread(target=_serve, args=(self._state,), name="mebp-disk", daemon=True)
         self._state.thread = self._thread
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise MeasureError(f"can't start the transfer thread: {error}", "free memory, or end other threads") from error
         self._finaliser = weakref.finalize(self, _give_up, self._state)
 
     def submit_write(self, fd: int, offset: int, buffer: memoryview) -> Ticket:
@@ -297,8 +302,11 @@ def _serve(state: _State) -> None:
         except MebpError as raised:
             error = raised
         except BaseException as raised:  # a system exit in a submitted call must not kill the thread either
-            error = DiskError(f"a {ticket.kind} in the transfer thread failed: {raised!r}", "see the cause above")
+            fix = MEMORY_FIX if isinstance(raised, MemoryError) else "see the cause above"
+            error = DiskError(f"a {ticket.kind} in the transfer thread failed: {raised!r}", fix)
             error.__cause__ = raised
+            error.add_note(f"in the transfer thread:\n{traceback.format_exc()}")
+        _forget_frames(error)
         if state.transfers is not None:
             state.transfers.append(Transfer(start_us, time.perf_counter_ns() / 1000, ticket.kind, ticket.size_bytes))
         ticket._finish(error)
@@ -306,6 +314,13 @@ def _serve(state: _State) -> None:
             state.running = None
             state.changed.notify_all()
         del ticket, error
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Drop the tracebacks of an error that a ticket keeps: their frames hold buffers, and may hold the DiskThread, which would never end."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 # ---- whole transfers from partial system calls ----

@@ -65,10 +65,9 @@ def write_store(
     """
     if scheme != PLAIN:
         format_named(scheme)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise StoreError(
-            f"{path} exists and is not an empty folder", fix="remove it, or choose another path for the store"
-        )
+    with disk_errors(f"looking at {path}"):
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise StoreError(f"{path} exists and is not an empty folder", fix="remove it, or choose another path for the store")
     plans = plan_files(scheme, sources)
     total_bytes = sum(plan.payload_bytes for plan in plans)
     with disk_errors(f"writing the weight store {path}"):
@@ -227,7 +226,8 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 def _write_all(fd: int, data: memoryview) -> None:
     """Write all of `data`; a write may take less than it was given."""
     while data:
-        data = data[os.write(fd, data) :]
+        with contextlib.suppress(InterruptedError):
+            data = data[os.write(fd, data) :]
 
 
 @contextlib.contextmanager

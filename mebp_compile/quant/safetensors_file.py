@@ -87,15 +87,30 @@ def read_header(fd: int, what: str) -> tuple[int, dict[str, FileTensor]]:
     Raises StoreError unless the header is well formed, its tensors lie inside the file and don't overlap.
     """
     file_bytes = os.fstat(fd).st_size
-    length = int.from_bytes(os.pread(fd, 8, 0), "little")
+    length = int.from_bytes(read_bytes(fd, 8, 0), "little")
     if file_bytes < 8 or length > MAX_HEADER_BYTES or 8 + length > file_bytes:
         raise StoreError(f"{what}: {file_bytes} bytes can't hold a header of {length}", fix=_DAMAGED)
-    document = parse_json(os.pread(fd, length, 8), what)
+    document = parse_json(read_bytes(fd, length, 8), what)
     if not isinstance(document, dict):
         raise StoreError(f"{what}: the header is not an object", fix=_DAMAGED)
     tensors = {name: _file_tensor(name, value, what) for name, value in document.items() if name != RESERVED_NAME}
     _check_cover(tensors, file_bytes - 8 - length, what)
     return 8 + length, tensors
+
+
+def read_bytes(fd: int, size_bytes: int, offset: int) -> bytes:
+    """Bytes of a file, however many reads that takes; fewer only where it ends. Raises OSError."""
+    parts: list[bytes] = []
+    while size_bytes > 0:
+        try:
+            part = os.pread(fd, size_bytes, offset)
+        except InterruptedError:
+            continue
+        if not part:
+            break
+        parts.append(part)
+        size_bytes, offset = size_bytes - len(part), offset + len(part)
+    return b"".join(parts)
 
 
 def parse_json(raw: bytes, what: str) -> Any:

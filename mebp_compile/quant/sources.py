@@ -175,7 +175,10 @@ def read_tensor_rows(fd: int, offset: int, record: Record, r0: int, r1: int) -> 
     view = data.numpy().data
     position = offset + r0 * record.code_row_bytes
     while view:
-        count = os.preadv(fd, [view], position)
+        try:
+            count = os.preadv(fd, [view], position)
+        except InterruptedError:
+            continue
         if count == 0:
             raise StoreError("a checkpoint file became shorter while it was read", fix="fetch the checkpoint again")
         view, position = view[count:], position + count

@@ -8,6 +8,7 @@ a slot that another has overwritten is refused.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -90,23 +91,32 @@ class ActivationStore:
 
     def wait(self, name: str) -> None:
         """Block until the transfer of `name` is over; raises DiskError if it failed or if there is none."""
-        ticket = self._pending.pop(name, None)
+        ticket = self._pending.get(name)
         if ticket is None:
             raise DiskError(f"wait for {name}: no transfer of it is under way", ORDER_FIX)
         try:
             ticket.wait()
         except MebpError:
+            del self._pending[name]
             if ticket.kind == "write":
                 self._valid.discard(name)
             raise
+        del self._pending[name]  # not where Ctrl-C ended the wait: the transfer goes on
         if self._drop_cache and ticket.kind == "read":
             slot = self.slots[name]
-            os.posix_fadvise(self._fd, slot.offset, slot.size_bytes, os.POSIX_FADV_DONTNEED)
+            with contextlib.suppress(OSError):  # advice only
+                os.posix_fadvise(self._fd, slot.offset, slot.size_bytes, os.POSIX_FADV_DONTNEED)
 
     @property
     def pending(self) -> tuple[str, ...]:
         """The storages on their way, oldest first."""
         return tuple(self._pending)
+
+    def settle(self) -> None:
+        """Let pending transfers end, whatever becomes of them."""
+        for name in self.pending:
+            with contextlib.suppress(MebpError):
+                self.wait(name)
 
     def close(self) -> None:
         """Let pending transfers end, then give the file back. Raises the first of their errors. Closing twice is
@@ -118,9 +128,7 @@ class ActivationStore:
                 self.wait(name)
             except MebpError as error:
                 first = first or error
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._close_file()
         if first is not None:
             raise first
 
@@ -138,8 +146,15 @@ class ActivationStore:
 
     def __del__(self) -> None:
         """A forgotten store gives its disk space back, but only when no transfer uses the file any more."""
-        if getattr(self, "_fd", -1) >= 0 and all(ticket.done for ticket in self._pending.values()):
-            os.close(self._fd)
+        if all(ticket.done for ticket in getattr(self, "_pending", {}).values()):
+            self._close_file()
+
+    def _close_file(self) -> None:
+        """An error in closing a file without a name loses nothing."""
+        fd, self._fd = getattr(self, "_fd", -1), -1
+        if fd >= 0:
+            with contextlib.suppress(OSError):
+                os.close(fd)
 
     def _begin(self, name: str, tensor: torch.Tensor | torch.UntypedStorage) -> tuple[Slot, memoryview]:
         """The checks that both directions share."""

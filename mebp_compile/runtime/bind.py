@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,20 @@ from mebp_compile.capture import State
 from mebp_compile.config import SCHEMES, cache_dir
 from mebp_compile.errors import OptionError, StoreError
 from mebp_compile.lower.stream import Record
+from mebp_compile.quant.build import disk_errors
 from mebp_compile.quant.schemes import scheme_named
 from mebp_compile.runtime.weights import WeightStore
 
 
 @dataclass(frozen=True)
 class Streamed:
-    """A store, the name in it of each streamed parameter's source, and the record of each for the graph."""
+    """A store, the name in it of each streamed parameter's source, and the record of each for the graph. `temporary`: the store's folder goes
+    when nobody uses it any more."""
 
     store: WeightStore
     names: dict[str, str]
     records: dict[str, Record]
+    temporary: bool = False
 
 
 def bind_weights(state: State, weights: str | WeightStore | None, folder: Path | None) -> Streamed | None:
@@ -41,20 +44,22 @@ def bind_weights(state: State, weights: str | WeightStore | None, folder: Path |
     store = _quantise(state, weights, folder) if isinstance(weights, str) else weights
     if not isinstance(store, WeightStore):
         raise OptionError(f"weights is a {type(weights).__name__}", 'give "int4", "nf4", "int8" or a WeightStore')
-    names, records = {}, {}
+    names, records, plain, streamed = {}, {}, {}, []
     for root, path, parameter in state.parameters():
-        name = _name_in(store, path)
+        name, source = _name_in(store, path), f"parameter:{root}:{path}"
         if name is None or parameter.requires_grad:
             continue
         _check_shape(store, name, path, parameter)
         if store.entry(name).scheme == "none":
-            _materialise(store, name, parameter)
+            plain[source] = (name, parameter)
         else:
-            names[f"parameter:{root}:{path}"] = name
-            records[f"parameter:{root}:{path}"] = _record(store, name)
-            become_meta(parameter)
-    _check_none_on_meta(state, names)
-    return Streamed(store, names, records)
+            names[source], records[source] = name, _record(store, name)
+            streamed.append(parameter)
+    _check_none_on_meta(state, names.keys() | plain.keys())
+    for name, parameter in plain.values():
+        _materialise(store, name, parameter)
+    become_meta(streamed)  # last: whatever was refused or failed, the weights are still there
+    return Streamed(store, names, records, isinstance(weights, str))
 
 
 def _quantise(state: State, scheme: str, folder: Path | None) -> WeightStore:
@@ -64,9 +69,14 @@ def _quantise(state: State, scheme: str, folder: Path | None) -> WeightStore:
         raise OptionError(f"the step uses {len(state.modules)} modules", "build the store with WeightStore.from_module and pass it")
     module = next(iter(state.modules.values()))
     parent = (folder or cache_dir()) / "weights"
-    parent.mkdir(parents=True, exist_ok=True)
-    own = tempfile.TemporaryDirectory(prefix=f"{type(module).__name__}-{scheme}-", dir=parent)
-    store = WeightStore.from_module(module, Path(own.name) / "store", scheme)
+    with disk_errors(f"making a folder for quantised weights in {parent}"):
+        parent.mkdir(parents=True, exist_ok=True)
+        own = tempfile.TemporaryDirectory(prefix=f"{type(module).__name__}-{scheme}-", dir=parent, ignore_cleanup_errors=True)
+    try:
+        store = WeightStore.from_module(module, Path(own.name) / "store", scheme)
+    except BaseException:
+        own.cleanup()
+        raise
     weakref.finalize(store, own.cleanup)  # a store that the caller did not ask for by name goes with its last user
     return store
 
@@ -103,10 +113,12 @@ def _check_none_on_meta(state: State, streamed: Any = ()) -> None:
             )
 
 
-def become_meta(parameter: nn.Parameter) -> None:
-    """Give up a parameter's memory; the object, its shape and dtype stay."""
-    if parameter.device.type != "meta":
-        torch_private.exchange(parameter, nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad))
+def become_meta(parameters: Iterable[nn.Parameter]) -> None:
+    """Give up the memory of parameters, of all or (where that fails) of none; the objects, their shapes and dtypes stay."""
+    real = [parameter for parameter in parameters if parameter.device.type != "meta"]
+    hollow = [nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad) for parameter in real]
+    for parameter, other in zip(real, hollow, strict=True):
+        torch_private.exchange(parameter, other)
 
 
 def _materialise(store: WeightStore, name: str, parameter: nn.Parameter) -> None:
@@ -128,5 +140,4 @@ def dense_weights(state: State, streamed: Streamed | None) -> Iterator[None]:
     try:
         yield
     finally:
-        for parameter in held:
-            become_meta(parameter)
+        become_meta(held)

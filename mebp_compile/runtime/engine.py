@@ -6,18 +6,20 @@ Memory: `at` gives views of one arena, `new` asks the allocator. Persistent tens
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
+from mebp_compile.errors import MebpError
 from mebp_compile.kernels import cross_entropy
 from mebp_compile.lower.stream import tile_size
 from mebp_compile.quant import dequantise_columns, dequantise_into, dequantise_rows
 from mebp_compile.runtime.activations import ActivationStore
 from mebp_compile.runtime.homes import ProgramHomes
-from mebp_compile.runtime.state import Getter, LiveState
+from mebp_compile.runtime.state import Getter, Live
 from mebp_compile.runtime.streams import WeightStream
 from mebp_compile.runtime.tables import parent_of
 
@@ -29,13 +31,15 @@ class Engine:
 
     def __init__(
         self,
-        live: LiveState,
+        live: Live,
         sources: Mapping[str, str],
         arena_bytes: int,
         activations: ActivationStore | None = None,
         weights: WeightStream | None = None,
         homes: ProgramHomes | None = None,
+        random: bool = False,
     ) -> None:
+        """random: the program draws random numbers."""
         self.live = live
         blocks = {name: source for name, source in sources.items() if "#" in source}
         self.getters: dict[str, Getter] = {name: live.getter(source) for name, source in sources.items() if name not in blocks}
@@ -52,17 +56,24 @@ class Engine:
         self._reading: dict[str, torch.Tensor] = {}
         self._rng: dict[str, torch.Tensor] = {}
         self._rng_now: torch.Tensor | None = None
+        self._random = random
+        self._rng_before: torch.Tensor | None = None
+        self._left: dict[str, torch.Tensor] = {}  # at home in memory and out of it now: a meta tensor like it
         self._hypers: dict[str, Any] = {}
 
     def begin(self) -> None:
         """Before each step: forget what the last one left."""
         self.committed = False
+        self._left.clear()
+        self._rng_before = torch.get_rng_state() if self._random else None
         self._rng.clear()
         self._reading.clear()
         self._hypers.clear()
 
     def arrange(self) -> None:
         """Before a step: every persistent tensor is at home."""
+        if self.weights is not None:
+            self.weights.arrange()
         if self.homes is not None:
             self.homes.arrange()
 
@@ -71,11 +82,54 @@ class Engine:
         if self.homes is not None:
             self.homes.homes.store.commit()
         self.committed = True
+        self._rng_before = None
+
+    @property
+    def restorable(self) -> bool:
+        """Whether a failed step has changed nothing: all that the program updates lies on disk, where the old generation is intact, and
+        what had left memory for a while is back, or comes back now."""
+        if self.homes is None or not self.homes.restorable or self.committed:
+            return False
+        self._bring_back()
+        return not self._left
 
     def abandon(self) -> None:
-        """After a failed step: homes on disk hold what they held before it."""
+        """After a failed step: transfers end, homes on disk hold what they held before it, what was out of memory comes back from the scratch
+        file (where that fails now, perhaps later), and the generator is where it was. Raises nothing: the error that ended the step is the one
+        to show.
+        """
+        for carrier in (self.activations, self.weights):
+            if carrier is not None:
+                carrier.settle()
+        self._reading.clear()
         if self.homes is not None:
-            self.homes.homes.abandon()
+            self.homes.homes.store.abandon()
+        self._bring_back()
+        if self._rng_before is not None:
+            torch.set_rng_state(self._rng_before)
+
+    def _bring_back(self) -> None:
+        for name in tuple(self._left):
+            with contextlib.suppress(MebpError, MemoryError, RuntimeError):
+                self._read_back(name)
+
+    def _read_back(self, name: str) -> None:
+        """What left memory for the scratch file and is still there."""
+        assert self.homes is not None
+        assert self.activations is not None
+        if self._is_out(name):
+            like = self._left[name]
+            buffer = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
+            self.activations.prefetch(name, buffer)
+            self.activations.wait(name)
+            self.homes.adopt(name, buffer)
+        del self._left[name]
+
+    def _is_out(self, name: str) -> bool:
+        try:
+            return self.state(name).device.type == "meta"
+        except MebpError:
+            return True
 
     # --- memory ---
 
@@ -124,6 +178,8 @@ class Engine:
 
     def release(self, name: str) -> None:
         """A persistent storage leaves memory, for good or until it is read again."""
+        if self.homes is not None and name in self.homes.resident:
+            self._left[name] = torch.empty_like(self.state(name), device="meta")
         for keeper in (self.homes, self.weights):
             if keeper is not None:
                 keeper.release(name)
@@ -146,6 +202,8 @@ class Engine:
         for keeper in (self.homes, self.weights):
             if keeper is not None and tensor is not None:
                 keeper.adopt(name, tensor)
+        if tensor is not None:
+            self._left.pop(name, None)
         return tensor
 
     def _carrier(self, name: str) -> ProgramHomes | WeightStream | ActivationStore:

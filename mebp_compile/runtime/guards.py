@@ -20,22 +20,31 @@ def signature(state: State, batch: Any, ignore_gradients: frozenset[str] = froze
     """Hashable facts that decide which program applies: batch, Python values, parameters, train flags, optimizer state, gradients,
     threads.
     """
-    leaves, spec = pytree.tree_flatten(batch)
     return (
-        str(spec),
-        tuple(_leaf(leaf) for leaf in leaves),
+        batch_facts(batch),
         read_facts(state),
         tuple(module.training for top in state.modules.values() for module in top.modules()),
         tuple(_parameter(root, path, parameter, ignore_gradients) for root, path, parameter in state.parameters()),
         tuple((tuple(buffer.shape), buffer.stride(), buffer.dtype) for top in state.modules.values() for buffer in top.buffers()),
         tuple(_optimizer(optimizer) for optimizer in state.optimizers.values()),
-        (
-            torch.get_num_threads(),
-            torch.get_default_dtype(),
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_autocast_enabled("cpu"),
-            torch.backends.mkldnn.enabled,
-        ),
+        environment_facts(),
+    )
+
+
+def batch_facts(batch: Any) -> tuple[Any, ...]:
+    """The structure of a batch, the geometry of its tensors, and its other values."""
+    leaves, spec = pytree.tree_flatten(batch)
+    return (str(spec), tuple(_leaf(leaf) for leaf in leaves))
+
+
+def environment_facts() -> tuple[Any, ...]:
+    """What torch's kernels depend on besides their arguments; the number of threads comes first."""
+    return (
+        torch.get_num_threads(),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.backends.mkldnn.enabled,
     )
 
 

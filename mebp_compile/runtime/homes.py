@@ -15,7 +15,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 
@@ -24,6 +24,7 @@ from mebp_compile.capture import State
 from mebp_compile.errors import DiskError, MebpError
 from mebp_compile.measure.transfer import DiskThread
 from mebp_compile.runtime.activations import ActivationStore, Slot
+from mebp_compile.runtime.memory import memory_errors
 from mebp_compile.runtime.tables import Table, by_parent, parent_of
 
 SLOT_ALIGN = 4096
@@ -107,8 +108,13 @@ class HomeStore:
 
     def wait(self, name: str) -> None:
         """Complete the transfer of a storage; raises DiskError if it failed."""
-        file, slot = self._pending.pop(name)
-        file.wait(slot)
+        file, slot = self._pending[name]
+        try:
+            file.wait(slot)
+        except MebpError:
+            del self._pending[name]
+            raise
+        del self._pending[name]  # not where Ctrl-C ended the wait: the transfer goes on
 
     def commit(self) -> None:
         """Everything written since the last commit becomes current, at once. No transfer may be under way."""
@@ -155,6 +161,11 @@ class Homes:
         `held`: blocks of tables that are in memory, beside those in `away` that are not.
         Raises MebpError, with everything either here or there, where a tensor can't leave.
         """
+        with memory_errors("moving state between memory and disk"):
+            self.abandon()  # what a failed step left, if its own end was cut short
+            self._arrange(away, held)
+
+    def _arrange(self, away: frozenset[str], held: frozenset[str]) -> None:
         found = _tensors(self.state)
         tables = by_parent(away | held)
         away = frozenset(source for source in away if "#" not in source) | tables.keys()
@@ -170,9 +181,24 @@ class Homes:
         for source in sorted(self._parked.keys() - away):
             self._return(source)
 
-    def materialise(self) -> None:
-        """Bring everything back into memory."""
-        self.arrange(frozenset())
+    def materialise(self, force: bool = False) -> None:
+        """Bring everything back into memory. `force`: what can't be read any more gets zeros, so that a checkpoint can be loaded over it."""
+        try:
+            self.arrange(frozenset())
+        except DiskError:
+            if not force:
+                raise
+            with memory_errors("bringing state back from disk"):
+                self._fill()
+
+    def _fill(self) -> None:
+        """Bring back what can be read, and zeros for the rest."""
+        for source, parked in tuple(self._parked.items()):
+            try:
+                self._return(source)
+            except DiskError:
+                _unpark(parked, _zeros_like(parked.owner))
+                del self._parked[source]
 
     def load(self, source: str) -> torch.Tensor:
         """A copy of what lies on disk: the last committed generation."""
@@ -222,9 +248,9 @@ class Homes:
 
     def _return(self, source: str) -> None:
         """Read a tensor back into memory."""
-        buffer = self.load(source)
+        _unpark(self._parked[source], self.load(source))
         self._tables.pop(source, None)
-        _unpark(self._parked.pop(source), buffer)
+        del self._parked[source]
 
     def release(self, source: str) -> None:
         """In a step: a tensor at home in memory leaves it for a while (its bytes are in the step's own scratch file)."""
@@ -237,19 +263,40 @@ class Homes:
     def adopt(self, source: str, buffer: torch.Tensor) -> None:
         """In a step: the tensor is back, in `buffer`, which becomes its memory."""
         if "#" in source:
-            del self._out_blocks[source]
             self._tables[parent_of(source)].held[source] = buffer
+            del self._out_blocks[source]
             return
-        _unpark(self._out.pop(source), buffer)
+        _unpark(self._out[source], buffer)
+        del self._out[source]
 
     def abandon(self) -> None:
         """After a failed step. What was out of memory has lost its value: it gets zeros, so that a checkpoint can be loaded over it."""
         self.store.abandon()
         for source in tuple(self._out):
-            owner = self._out[source].owner
-            self.adopt(source, torch.empty_strided(owner.shape, owner.stride(), dtype=owner.dtype).zero_())
+            self.adopt(source, _zeros_like(self._out[source].owner))
         for source, block in tuple(self._out_blocks.items()):
             self.adopt(source, torch.zeros_like(block, device="cpu"))
+
+
+class StateHomes(Protocol):
+    """What a program asks of the homes of its state: `Homes` for the user's objects, `DataHomes` for plain data."""
+
+    store: HomeStore
+    thread: DiskThread
+
+    def arrange(self, away: frozenset[str], held: frozenset[str] = frozenset()) -> None: ...
+
+    def materialise(self) -> None: ...
+
+    def block(self, source: str) -> torch.Tensor: ...
+
+    def look_up(self, source: str, ids: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor: ...
+
+    def release(self, source: str) -> None: ...
+
+    def adopt(self, source: str, buffer: torch.Tensor) -> None: ...
+
+    def abandon(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -260,7 +307,7 @@ class ProgramHomes:
     so that a failed step has changed nothing once it is abandoned.
     """
 
-    homes: Homes
+    homes: StateHomes
     away: Mapping[str, str]
     resident: Mapping[str, str]
     restorable: bool
@@ -325,10 +372,15 @@ def _check_can_leave(source: str, tensor: torch.Tensor | None) -> None:
 
 def _park(tensor: torch.Tensor) -> _Parked:
     """The object becomes meta and gives up its memory; the shell keeps the rest of it."""
-    shell = torch.empty_like(tensor, device="meta").requires_grad_(tensor.requires_grad)
-    torch_private.exchange(tensor, shell)
-    shell.data = torch.empty(0, dtype=shell.dtype)
+    shell, nothing = torch.empty_like(tensor, device="meta").requires_grad_(tensor.requires_grad), torch.empty(0, dtype=tensor.dtype)
+    torch_private.exchange(tensor, shell)  # from here on nothing needs memory, so nothing fails
+    shell.data = nothing
     return _Parked(tensor, shell)
+
+
+def _zeros_like(owner: torch.Tensor) -> torch.Tensor:
+    """Zeros of the geometry of a meta tensor, in memory."""
+    return torch.empty_strided(owner.shape, owner.stride(), dtype=owner.dtype).zero_()
 
 
 def _unpark(parked: _Parked, buffer: torch.Tensor) -> None:
@@ -336,40 +388,3 @@ def _unpark(parked: _Parked, buffer: torch.Tensor) -> None:
     parked.shell.data = buffer
     parked.shell.requires_grad_(parked.owner.requires_grad)
     torch_private.exchange(parked.owner, parked.shell)
-
-
-# --- all state, wherever it lies ---
-
-
-def state_dict(state: State, homes: Homes | None) -> dict[str, Any]:
-    """Copies of all state: the `state_dict()` of each module and optimizer, with what lies on disk read from there.
-
-    Keys are "model" and "optimizer" where the step has one module and one optimizer, else the names that the step has for them.
-    Tensors without a value here (streamed weights, which their store keeps) are left out; ties stay ties.
-    """
-    loaders = homes.loaders() if homes is not None else {}
-    copies: dict[int, torch.Tensor] = {}
-    result: dict[str, Any] = {}
-    for root, module in state.modules.items():
-        result["model" if len(state.modules) == 1 else root] = _copied(module.state_dict(keep_vars=True), loaders, copies)
-    for root, optimizer in state.optimizers.items():
-        plain = optimizer.state_dict()
-        plain["state"] = {key: _copied(dict(entries), loaders, copies) for key, entries in plain["state"].items()}
-        result["optimizer" if len(state.optimizers) == 1 else root] = plain
-    return result
-
-
-def _copied(entries: Any, loaders: Mapping[int, Callable[[], torch.Tensor]], copies: dict[int, torch.Tensor]) -> Any:
-    """The dict with its tensors replaced by copies, in place; those without a value are removed. `copies`: made so far, by id."""
-    for key, value in list(entries.items()):
-        if not isinstance(value, torch.Tensor):
-            continue
-        if id(value) not in copies and id(value) in loaders:
-            copies[id(value)] = loaders[id(value)]()
-        elif id(value) not in copies and value.device.type != "meta":
-            copies[id(value)] = value.detach().clone()
-        if id(value) in copies:
-            entries[key] = copies[id(value)]
-        else:
-            del entries[key]
-    return entries

@@ -84,7 +84,8 @@ def kept_tensors(program: Program, leaves: list[Any]) -> Iterator[torch.Tensor]:
     for index, storage in enumerate(program.graph.storages):
         if storage.role not in PERSISTENT or not storage.size_bytes:
             continue
-        if plan.problem.storages[index].movable and index not in plan.schedule.resident:
+        leaves_memory = plan.problem.storages[index].movable or storage.role == "weight"  # a table that is only looked up stays on disk
+        if leaves_memory and index not in plan.schedule.resident:
             continue
         yield batch[storage.source] if storage.role == "batch" else program.engine.state(storage.name)
 

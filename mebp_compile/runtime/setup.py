@@ -1,26 +1,24 @@
-"""Make the engine of a program: its arena, its live state, its weights on disk, its scratch file."""
+"""Where a step was planned: what its graph and plan ask of the runtime, as a Binding, and the engine for the user's own objects."""
 
 from __future__ import annotations
-
-import torch
 
 import solvers
 from mebp_compile.capture import State
 from mebp_compile.capture.contract import Contract
 from mebp_compile.config import Options
 from mebp_compile.graph import PERSISTENT, Graph
-from mebp_compile.measure.process import set_malloc_thresholds
-from mebp_compile.measure.transfer import DiskThread
+from mebp_compile.place import lives
 from mebp_compile.planning import MAPPED_BYTES, Plan
-from mebp_compile.runtime.activations import ActivationStore, Slot
+from mebp_compile.runtime.assemble import assemble
 from mebp_compile.runtime.bind import Streamed
+from mebp_compile.runtime.binding import Binding
 from mebp_compile.runtime.engine import Engine
-from mebp_compile.runtime.homes import Homes, ProgramHomes, Room
+from mebp_compile.runtime.homes import Homes
 from mebp_compile.runtime.state import LiveState
-from mebp_compile.runtime.streams import WeightStream
 
 SLOT_ALIGN = 4096
 ROOMY = 1.25
+TILE_VERBS = ("run.rows", "run.columns")
 
 
 def make_engine(
@@ -33,31 +31,71 @@ def make_engine(
     homes: Homes | None = None,
 ) -> Engine:
     """An engine with everything that the program's verbs need, and nothing more."""
-    _set_malloc(plan)
+    binding = binding_of(graph, plan, options.offload_dir is not None)
     live = LiveState(state, contract.constants)
+    store, names = (streamed.store, streamed.names) if streamed is not None else (None, None)
+    return assemble(binding, live, options.offload_dir, store, names, homes)
+
+
+def binding_of(graph: Graph, plan: Plan, offload: bool) -> Binding:
+    """The binding of a planned program. `offload`: it has a folder on a disk."""
     sources = {
         storage.name: storage.source for storage in graph.storages if storage.source and storage.role not in ("batch", "hyper", "weight")
     }
-    thread = DiskThread() if homes is None else homes.thread
-    weights = _weights(graph, plan, streamed, thread) if streamed is not None else None
-    own = _homes(graph, plan, homes) if homes is not None else None
-    return Engine(live, sources, plan.placement.arena_bytes, _activations(graph, plan, options, thread), weights, own)
+    written = {storage for op in graph.ops for storage in op.writes if graph.storages[storage].role in PERSISTENT}
+    away, resident, rooms = _homes(graph, plan, written) if offload else ({}, {}, {})
+    weights, records = _weights(graph)
+    slots, scratch_bytes = _slots(graph, plan) if offload else ({}, 0)
+    kept = sorted(graph.storages[index].name for index in plan.schedule.resident if graph.storages[index].role == "weight")
+    changed = (graph.storages[index].source for index in sorted(written))
+    return Binding(
+        sources, batch_sources(graph), result_paths(graph), plan.placement.arena_bytes, plan.peak_bytes, plan.problem.budget_bytes,
+        away, resident, rooms, all(graph.storages[index].name in away for index in written), weights, records, tuple(kept), slots, scratch_bytes,
+        tuple(changed), any(op.rng for op in graph.ops), _is_tight(plan), MAPPED_BYTES, *_spikes(graph, plan),
+    )  # fmt: skip
 
 
-def _set_malloc(plan: Plan) -> None:
-    """Where the budget is tight: RSS that follows the bytes in use, for the whole process.
+def batch_sources(graph: Graph) -> tuple[str, ...]:
+    """The source of each argument of the generated function."""
+    storages = (graph.storages[graph.storage_of(name)] for name in graph.inputs)
+    return tuple(storage.source for storage in storages if storage.role == "batch")
+
+
+def result_paths(graph: Graph) -> tuple[str, ...]:
+    """What becomes of each result of the generated function."""
+    return tuple(path for path, _ in graph.results)
+
+
+def _is_tight(plan: Plan) -> bool:
+    """Where the budget is tight RSS is to follow the bytes in use, for the whole process.
 
     Left to itself malloc keeps freed blocks, and RSS stood 13 to 20 % above what a step holds. Blocks from MAPPED_BYTES on are mapped and given
     back at once, at the price of their page faults; from 256 KiB on that was a fifth to a third of a step, from 4 MiB on next to nothing.
     """
-    if plan.peak_bytes * ROOMY > plan.problem.budget_bytes:
-        set_malloc_thresholds(MAPPED_BYTES, MAPPED_BYTES)
+    return plan.peak_bytes * ROOMY > plan.problem.budget_bytes
 
 
-def _homes(graph: Graph, plan: Plan, homes: Homes) -> ProgramHomes:
-    """What the plan keeps on disk and what it may move in mid-step; room on disk is made now, so that no step finds the disk full."""
+def _spikes(graph: Graph, plan: Plan) -> tuple[int, int]:
+    """The most bytes that one step of the schedule takes from the allocator, as what it makes outside of the arena and as workspace: of all
+    steps but Loops over a streamed weight, and of those, whose verbs announce each tile."""
+    taken = [0] * len(plan.schedule.steps)
+    loops: set[int] = set()
+    for number, step in enumerate(plan.schedule.steps):
+        if isinstance(step, solvers.Run):
+            taken[number] = plan.problem.ops[step.op].choices[step.choice].workspace_bytes
+            body = graph.ops[step.op].body
+            if step.choice > 0 and body is not None and any(op.target in TILE_VERBS for op in body.ops):
+                loops.add(number)
+    for life in lives(graph, plan.problem, plan.schedule):
+        if life.start >= 0 and (life.start, life.storage) not in plan.placement.offsets:
+            taken[life.start] += life.charged_bytes
+    plain = (size_bytes for number, size_bytes in enumerate(taken) if number not in loops)
+    return max(plain, default=0), max((taken[number] for number in loops), default=0)
+
+
+def _homes(graph: Graph, plan: Plan, written: set[int]) -> tuple[dict[str, str], dict[str, str], dict[str, tuple[int, int]]]:
+    """What the plan keeps on disk, what it may move in mid-step, and room on disk: two copies of what steps write."""
     away, resident, rooms = {}, {}, {}
-    written = {storage for op in graph.ops for storage in op.writes if graph.storages[storage].role in PERSISTENT}
     for index, storage in enumerate(graph.storages):
         if storage.role not in ("parameter", "optimizer") or not plan.problem.storages[index].movable:
             continue
@@ -65,40 +103,30 @@ def _homes(graph: Graph, plan: Plan, homes: Homes) -> ProgramHomes:
             resident[storage.name] = storage.source
         else:
             away[storage.name] = storage.source
-            rooms[storage.source] = Room(storage.size_bytes, 2 if index in written else 1)
-    homes.store.reserve(rooms)
-    return ProgramHomes(homes, away, resident, all(graph.storages[index].name in away for index in written))
+            rooms[storage.source] = (storage.size_bytes, 2 if index in written else 1)
+    return away, resident, rooms
 
 
-def _weights(graph: Graph, plan: Plan, streamed: Streamed, thread: DiskThread) -> WeightStream:
-    """The stream of every packed weight of the graph, and of tables that are only looked up."""
-    by_source = {
-        storage.source.replace("weight:", "parameter:", 1): index
-        for index, storage in enumerate(graph.storages)
-        if storage.role == "weight"
-    }
-    dense = {value.name: value for value in graph.values}
-    weights: dict[str, tuple[str, torch.dtype]] = {}
-    records: dict[str, str] = {}
-    for source, index in by_source.items():
-        packed = graph.storages[index].name
-        name = packed.removesuffix("_packed")
-        weights[name] = (streamed.names[source], getattr(torch, dense[name].dtype))
-        records[packed] = name
-    resident = frozenset(graph.storages[index].name for index in plan.schedule.resident if graph.storages[index].role == "weight")
-    return WeightStream(streamed.store, weights, records, resident, thread)
+def _weights(graph: Graph) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
+    """Streamed weights (source and dtype by name), and the weight of each packed record."""
+    weights, records = {}, {}
+    for storage in graph.storages:
+        if storage.role == "weight":
+            name = storage.name.removesuffix("_packed")
+            weights[name] = (storage.source.replace("weight:", "parameter:", 1), graph.value[name].dtype)
+            records[storage.name] = name
+    return weights, records
 
 
-def _activations(graph: Graph, plan: Plan, options: Options, thread: DiskThread) -> ActivationStore | None:
-    """The scratch file with a slot for each storage that the schedule offloads, or None where it offloads nothing."""
+def _slots(graph: Graph, plan: Plan) -> tuple[dict[str, tuple[int, int]], int]:
+    """Of each storage that the schedule offloads to the scratch file: (offset, bytes); and the file's size."""
     resident = plan.schedule.resident
     offloaded = dict.fromkeys(step.storage for step in plan.schedule.steps if isinstance(step, solvers.Offload))
-    roles = {index: graph.storages[index].role for index in offloaded}
-    moved = [index for index, role in roles.items() if role not in PERSISTENT or (index in resident and role != "weight")]
-    if not moved or options.offload_dir is None:
-        return None
     slots, offset = {}, 0
-    for storage in moved:
-        slots[graph.storages[storage].name] = Slot(offset, graph.storages[storage].size_bytes)
-        offset += -(-graph.storages[storage].size_bytes // SLOT_ALIGN) * SLOT_ALIGN
-    return ActivationStore(options.offload_dir, offset, slots, thread)
+    for index in offloaded:
+        storage = graph.storages[index]
+        if storage.role in PERSISTENT and (index not in resident or storage.role == "weight"):
+            continue
+        slots[storage.name] = (offset, storage.size_bytes)
+        offset += -(-storage.size_bytes // SLOT_ALIGN) * SLOT_ALIGN
+    return slots, offset

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 
@@ -14,6 +14,18 @@ from mebp_compile.errors import GraphError
 HYPER_NAMES = {"abs": abs, "bool": bool, "float": float, "int": int, "round": round}
 
 Getter = Callable[[], torch.Tensor]
+
+
+class Live(Protocol):
+    """What an engine and its runner ask of a step's state: `LiveState` for the user's objects, `DataState` for plain data."""
+
+    def getter(self, source: str) -> Getter: ...
+
+    def put(self, path: str, tensor: torch.Tensor | None) -> None: ...
+
+    def forget(self, path: str) -> None: ...
+
+    def hyper(self, expression: str) -> Any: ...
 
 
 class LiveState:
@@ -90,7 +102,12 @@ class LiveState:
 
     def hyper(self, expression: str) -> Any:
         """The value now of an expression over param groups, such as `1 - opt.param_groups[0]['lr'] * ...`."""
-        return eval(compile(expression, "<hyper>", "eval"), {"__builtins__": HYPER_NAMES, "math": math}, dict(self.state.optimizers))
+        return evaluate(expression, self.state.optimizers)
+
+
+def evaluate(expression: str, optimizers: Mapping[str, Any]) -> Any:
+    """The value of a hyper-parameter expression over optimizers by name."""
+    return eval(compile(expression, "<hyper>", "eval"), {"__builtins__": HYPER_NAMES, "math": math}, dict(optimizers))
 
 
 def _owner(module: torch.nn.Module, path: str) -> tuple[torch.nn.Module, str]:

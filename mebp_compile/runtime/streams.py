@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from collections.abc import Mapping
 
 import torch
 
+from mebp_compile.errors import MebpError
 from mebp_compile.measure.transfer import DiskThread, Ticket
 from mebp_compile.quant import Packed, dequantise_rows
 from mebp_compile.quant.scheme import view_record
@@ -30,7 +33,8 @@ class WeightStream:
         self._pending: dict[str, Ticket] = {}
         self._tile: torch.Tensor | None = None
         self.at_home = resident
-        self.resident = {name: self._load(name) for name in sorted(resident)}
+        self.resident: dict[str, torch.Tensor] = {}
+        self.arrange()
 
     def __contains__(self, name: str) -> bool:
         return name in self.records
@@ -58,12 +62,30 @@ class WeightStream:
     def prefetch(self, name: str, buffer: torch.Tensor) -> None:
         """Start reading a record into a buffer of its size."""
         entry = self._entry(name)
-        self._pending[name] = self.thread.submit(lambda: self.store.read_into(entry, buffer), buffer.nbytes)
+        self._pending[name] = self.thread.submit(functools.partial(self.store.read_into, entry, buffer), buffer.nbytes)
 
     def wait(self, name: str) -> None:
-        ticket = self._pending.pop(name, None)
-        if ticket is not None:
+        ticket = self._pending.get(name)
+        if ticket is None:
+            return
+        try:
             ticket.wait()
+        except MebpError:
+            del self._pending[name]
+            raise
+        del self._pending[name]  # not where Ctrl-C ended the wait: the transfer goes on
+
+    def settle(self) -> None:
+        """After a failed step: let pending reads end, whatever becomes of them, and let go of a Loop's memory."""
+        for name in tuple(self._pending):
+            with contextlib.suppress(MebpError):
+                self.wait(name)
+        self.end_tiles()
+
+    def arrange(self) -> None:
+        """Before a step: records whose home is memory are there, also those that a failed step had out of it."""
+        for name in sorted(self.at_home - self.resident.keys()):
+            self.resident[name] = self._load(name)
 
     def packed(self, name: str, buffer: torch.Tensor) -> Packed:
         """The codes and scales of weight `name` inside its record."""

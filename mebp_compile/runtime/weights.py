@@ -31,6 +31,7 @@ from mebp_compile.quant.build import Progress, disk_error, disk_errors, write_st
 from mebp_compile.quant.dequantise import dequantise
 from mebp_compile.quant.layout import PLAIN, Record
 from mebp_compile.quant.manifest import MAX_MANIFEST_BYTES, DataFile, Entry, Layer, Manifest, new_digest
+from mebp_compile.quant.safetensors_file import read_bytes
 from mebp_compile.quant.scheme import Packed, view_record
 from mebp_compile.quant.schemes import scheme_named
 from mebp_compile.quant.sources import Select, checkpoint_sources, module_sources, random_sources
@@ -283,14 +284,18 @@ class WeightStore:
         fd, start, length = self._files[file], offset, len(view)
         try:
             while view:
-                count = os.preadv(fd, [view], offset)
+                try:
+                    count = os.preadv(fd, [view], offset)
+                except InterruptedError:
+                    continue
                 if count == 0:
                     raise StoreError(f"{self.path / file} became shorter while it was open", fix=_DAMAGED)
                 view, offset = view[count:], offset + count
-            if self._drop_cache and hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(fd, start, length, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise disk_error(f"reading {self.path / file}", error) from error
+        if self._drop_cache and hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):  # advice only
+                os.posix_fadvise(fd, start, length, os.POSIX_FADV_DONTNEED)
 
 
 def _close_all(fds: Iterable[int]) -> None:
@@ -307,16 +312,23 @@ def _open_regular(folder_fd: int, name: str) -> int:
         fd = os.open(name, flags, dir_fd=folder_fd)
     except OSError as error:
         raise StoreError(f"can't open {name} of the store: {error.strerror}", fix=_DAMAGED) from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise StoreError(f"{name} of the store is not a regular file", fix=_DAMAGED)
+    try:
+        with disk_errors(f"looking at {name} of the store"):
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise StoreError(f"{name} of the store is not a regular file", fix=_DAMAGED)
+    except BaseException:
+        _close_all((fd,))
+        raise
     return fd
 
 
 def _read_manifest(folder_fd: int) -> bytes:
     fd = _open_regular(folder_fd, "manifest.json")
-    with os.fdopen(fd, "rb") as file:
-        raw = file.read(MAX_MANIFEST_BYTES + 1)
+    try:
+        with disk_errors("reading manifest.json of the store"):
+            raw = read_bytes(fd, min(os.fstat(fd).st_size, MAX_MANIFEST_BYTES) + 1, 0)
+    finally:
+        _close_all((fd,))
     if len(raw) > MAX_MANIFEST_BYTES:
         raise StoreError(f"manifest.json is larger than {MAX_MANIFEST_BYTES} bytes", fix=_DAMAGED)
     return raw
@@ -324,13 +336,14 @@ def _read_manifest(folder_fd: int) -> bytes:
 
 def _check_file(fd: int, file: DataFile) -> None:
     """Size and header are those of the manifest. Raises StoreError."""
-    size_bytes = os.fstat(fd).st_size
+    with disk_errors(f"looking at {file.name} of the store"):
+        size_bytes = os.fstat(fd).st_size
     if size_bytes != file.size_bytes:
         raise StoreError(f"{file.name} has {size_bytes} bytes, the manifest says {file.size_bytes}", fix=_DAMAGED)
     digest = new_digest()
     with disk_errors(f"reading the header of {file.name}"):
         for start in range(0, file.header_bytes, VERIFY_CHUNK_BYTES):
-            digest.update(os.pread(fd, min(VERIFY_CHUNK_BYTES, file.header_bytes - start), start))
+            digest.update(read_bytes(fd, min(VERIFY_CHUNK_BYTES, file.header_bytes - start), start))
     if digest.hexdigest() != file.header_digest:
         raise StoreError(f"the header of {file.name} is damaged: its digest does not match", fix=_DAMAGED)
 

@@ -26,7 +26,8 @@ from mebp_compile.compiler import CompiledStep, optimize
 from mebp_compile.errors import BudgetInfeasible, DiskError, MebpError, StepPoisoned
 from mebp_compile.measure import disk, transfer
 from mebp_compile.measure.transfer import DiskThread
-from mebp_compile.runtime.homes import Homes, HomeStore, Room, state_dict
+from mebp_compile.runtime.all_state import state_dict
+from mebp_compile.runtime.homes import Homes, HomeStore, Room
 from solvers.decode import Decisions, Tables, decode
 from solvers.emit import emit, synchronous
 from solvers.solve import Solution

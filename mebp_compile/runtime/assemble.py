@@ -1,0 +1,68 @@
+"""Make the engine of a program from its binding: arena, weights on disk, homes, scratch file. Knows neither graph nor solver."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from mebp_compile.measure.process import set_malloc_thresholds
+from mebp_compile.measure.transfer import DiskThread
+from mebp_compile.runtime.activations import ActivationStore, Slot
+from mebp_compile.runtime.binding import Binding
+from mebp_compile.runtime.engine import Engine
+from mebp_compile.runtime.homes import ProgramHomes, Room, StateHomes
+from mebp_compile.runtime.memory import memory_errors
+from mebp_compile.runtime.pressure import PROCESS_MAPPED_BYTES, SLACK_BYTES, PressedEngine, Pressure
+from mebp_compile.runtime.state import Live
+from mebp_compile.runtime.streams import WeightStream
+from mebp_compile.runtime.weights import WeightStore
+
+
+@memory_errors("making the step's arena and buffers")
+def assemble(
+    binding: Binding,
+    live: Live,
+    folder: Path | None = None,
+    store: WeightStore | None = None,
+    names: Mapping[str, str] | None = None,
+    homes: StateHomes | None = None,
+    process_bytes: int | None = None,
+) -> Engine:
+    """An engine with everything that the program's verbs need, and nothing more.
+
+    `folder` is on a disk, for the scratch file. `store` has the streamed weights, `names` their names in it by source. `homes` keep state on
+    disk; room there is made now, so that no step finds the disk full. `process_bytes`: the budget of the whole process, if it has one.
+    """
+    if process_bytes is not None:
+        set_malloc_thresholds(PROCESS_MAPPED_BYTES, binding.mapped_bytes)
+    elif binding.tight:
+        set_malloc_thresholds(binding.mapped_bytes, binding.mapped_bytes)
+    thread = DiskThread() if homes is None else homes.thread
+    weights = _weights(binding, store, names or {}, thread) if store is not None else None
+    own = _homes(binding, homes) if homes is not None else None
+    kind = Engine if process_bytes is None else PressedEngine
+    engine = kind(live, binding.sources, binding.arena_bytes, _activations(binding, folder, thread), weights, own, binding.random)
+    if isinstance(engine, PressedEngine) and process_bytes is not None:
+        engine.pressure = Pressure(process_bytes - binding.spike_bytes - SLACK_BYTES, binding.loop_bytes)
+    return engine
+
+
+def _homes(binding: Binding, homes: StateHomes) -> ProgramHomes:
+    homes.store.reserve({source: Room(size_bytes, copies) for source, (size_bytes, copies) in binding.rooms.items()})
+    return ProgramHomes(homes, binding.away, binding.resident, binding.restorable)
+
+
+def _weights(binding: Binding, store: WeightStore, names: Mapping[str, str], thread: DiskThread) -> WeightStream:
+    """The stream of every packed weight of the program, and of tables that are only looked up."""
+    weights = {name: (names[source], getattr(torch, dtype)) for name, (source, dtype) in binding.weights.items()}
+    return WeightStream(store, weights, binding.records, frozenset(binding.kept_records), thread)
+
+
+def _activations(binding: Binding, folder: Path | None, thread: DiskThread) -> ActivationStore | None:
+    """The scratch file with a slot for each storage that the schedule offloads, or None where it offloads nothing."""
+    if not binding.slots or folder is None:
+        return None
+    slots = {name: Slot(offset, size_bytes) for name, (offset, size_bytes) in binding.slots.items()}
+    return ActivationStore(folder, binding.scratch_bytes, slots, thread)
