@@ -9,6 +9,7 @@ minimise  sum time_g r[g, q] + rate * transfers + sum time_oc x[o, c]   subject 
 (C1) need     s[i, q] + r[maker(i), q] + f[i, q] >= 1 where op q uses i; >= r[g, q] where g reads i
 (C2) retain   s[i, next q] <= s[i, q] + r[maker(i), q] + f[i, q] where op q doesn't use i
 (C3) memory   at every op, and inside every r[g, q]: bytes of base order + bytes of items there <= budget
+(C5) purpose  r[g, q] <= uses of what g makes before or in op q; f[i, q] likewise
 (C4) disk     f[i, q] <= y[i] for what the step made; all transfers together take no longer than the step
 Memory rows would be long: bytes of gaps that span whole blocks of rows are carried from block to block in one variable each.
 A solution becomes `Decisions`; the decoder and the replay say what it is worth.
@@ -95,6 +96,7 @@ class Residency:
         for s, item in self.blocks.items.items():
             self.add_gaps(s, item)
         self.add_needs()
+        self.add_purposes()
         for s in self.blocks.items:
             self.add_retention(s)
         Memory(self).build()
@@ -215,6 +217,23 @@ class Residency:
                 if q in self.local and s in self.local[q]:
                     self.row(self.available(s, q).add(run, -1.0), 0.0)
 
+    def add_purposes(self) -> None:
+        """(C5) Nothing is brought back before a stage that doesn't use it: the decoder is as lazy."""
+        readers: dict[tuple[int, int], list[Variable]] = {}
+        for (root, q), run in self.rerun.items():
+            for s in self.blocks.groups[root].inputs:
+                readers.setdefault((s, q), []).append(run)
+        for (root, q), run in self.rerun.items():
+            purpose = Expression()
+            for s in self.problem.ops[root].creates:
+                purpose.add(self.need(s, q) if s in self.points else 0.0).add(_total(readers.get((s, q), ())))
+            if purpose.constant < 1.0:
+                self.row(purpose.add(run, -1.0), 0.0)
+        for (s, q), fetch in self.fetch.items():
+            purpose = Expression().add(self.need(s, q)).add(_total(readers.get((s, q), ())))
+            if purpose.constant < 1.0:
+                self.row(purpose.add(fetch, -1.0), 0.0)
+
     def add_retention(self, s: int) -> None:
         """(C2)"""
         item, points = self.blocks.items[s], self.points[s]
@@ -279,7 +298,7 @@ class Residency:
         """(C4) Transfers together take at most a share of the step."""
         if not self.disk.terms:
             return
-        self.row(Expression().add(self.disk).add(self.cost, -DISK_SHARE), most=DISK_SHARE * self.base_us())
+        self.row(Expression().add(self.disk).add(self.cost, -DISK_SHARE), most=DISK_SHARE * (self.base_us() - self.cost.constant))
 
     def binaries(self) -> list[Variable]:
         return [v for v in self.model.variables() if v.integer]
@@ -332,9 +351,10 @@ class Residency:
         return result
 
     def base_us(self) -> float:
-        """Microseconds that the objective leaves out: every op once that must run, except those with a menu."""
+        """Microseconds that the objective leaves out: every op once that must run, except those with a menu; and its constant."""
         ops = zip(self.problem.ops, self.blocks.choice, strict=True)
-        return float(sum(op.choices[k].time_us for index, (op, k) in enumerate(ops) if index not in self.blocks.menu and not op.optional))
+        once = sum(op.choices[k].time_us for index, (op, k) in enumerate(ops) if index not in self.blocks.menu and not op.optional)
+        return once + self.cost.constant
 
     def decisions(self, values: dict[Variable, float]) -> Decisions:
         """Values as decisions: a cut for every gap that isn't kept, and for the interior of what runs again."""
