@@ -311,11 +311,6 @@ class _Plane:
 
     total: Way
 
-    def value(self, bound: _Bound, prices: Prices, penalty: int, room: int) -> float:
-        fixed = (1 - prices.disk) * (bound.base_us + penalty)
-        home_room = bound.problem.budget_bytes - bound.base_bytes
-        return fixed + self.total.price(prices) - prices.kept * room - prices.home * home_room
-
 
 def _cheapest(ways: tuple[Way, ...], prices: Prices) -> Way:
     return min(ways, key=lambda way: way.price(prices))
@@ -346,6 +341,10 @@ def _meet(needs: Needs, prices: Prices) -> tuple[float, _Plane]:
     return cost + flow.optimal_flow() / SCALE, _Plane(total)
 
 
+def _home_room(bound: _Bound) -> int:
+    return bound.problem.budget_bytes - bound.base_bytes
+
+
 def _next_prices(bound: _Bound, planes: list[_Plane], penalty: int, room: int, most: float) -> tuple[Prices, float]:
     """Where the planes seen so far allow the highest bound (Kelley's cutting planes)."""
     from ortools.math_opt.python import mathopt
@@ -355,11 +354,10 @@ def _next_prices(bound: _Bound, planes: list[_Plane], penalty: int, room: int, m
     kept, home = (model.add_variable(lb=0.0, ub=most * unit) for _ in range(2))
     disk = model.add_variable(lb=0.0, ub=0.95)
     top = model.add_variable(ub=1e15)
-    home_room = bound.problem.budget_bytes - bound.base_bytes
     for plane in planes:
         way = plane.total
         time_us = bound.base_us + penalty + way.compute_us + way.delay_us
-        slope = kept * ((way.kept_bytes - room) / unit) + home * ((way.home_bytes - home_room) / unit)
+        slope = kept * ((way.kept_bytes - room) / unit) + home * ((way.home_bytes - _home_room(bound)) / unit)
         model.add_linear_constraint(top <= time_us + slope + disk * (way.disk_us - time_us))
     model.maximize(top)
     result = mathopt.solve(model, mathopt.SolverType.HIGHS)
@@ -378,8 +376,7 @@ def _maximise(bound: _Bound, needs: Needs, penalty: int, room: int, planes: list
         if top <= best * (1 + CLOSE):
             break
         cost, plane = _meet(needs, prices)
-        home_room = bound.problem.budget_bytes - bound.base_bytes
-        value = (1 - prices.disk) * (bound.base_us + penalty) + cost - prices.kept * room - prices.home * home_room
+        value = (1 - prices.disk) * (bound.base_us + penalty) + cost - prices.kept * room - prices.home * _home_room(bound)
         best = max(best, value)
         planes.append(plane)
     return best
@@ -397,7 +394,16 @@ def lower_bound_us(problem: Problem) -> int:
         return roofline_us(problem)
     best = roofline_us(problem)
     for separator in bound.separators():
-        needs, planes = bound.needs(separator), list[_Plane]()
-        found = [_maximise(bound, needs, penalty, room, planes) for penalty, room in needs.choices]
-        best = max(best, math.floor(min(found, default=0.0)))
+        best = max(best, _bound_of(bound, bound.needs(separator), best))
     return best
+
+
+def _bound_of(bound: _Bound, needs: Needs, known_us: int) -> int:
+    """The bound of one separator: the least over its ways, which end early where that can't exceed what is known."""
+    planes, least = list[_Plane](), math.inf
+    for penalty, room in sorted(needs.choices):
+        if bound.base_us + penalty < least:
+            least = min(least, _maximise(bound, needs, penalty, room, planes))
+        if least <= known_us:
+            break
+    return math.floor(least) if least < math.inf else 0

@@ -10,6 +10,7 @@ minimise  sum time_g r[g, q] + rate * transfers + sum time_oc x[o, c]   subject 
 (C2) retain   s[i, next q] <= s[i, q] + r[maker(i), q] + f[i, q] where op q doesn't use i
 (C3) memory   at every op, and inside every r[g, q]: bytes of base order + bytes of items there <= budget
 (C4) disk     f[i, q] <= y[i] for what the step made; all transfers together take no longer than the step
+(C5) purpose  r[g, q] <= uses of what g makes before or in op q; f[i, q] likewise
 Memory rows would be long: bytes of gaps that span whole blocks of rows are carried from block to block in one variable each.
 A solution becomes `Decisions`; the decoder and the replay say what it is worth.
 """
@@ -20,20 +21,19 @@ import itertools
 import math
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from solvers.blocks import LONG_SHARE, Blocks, Builder, Item
 from solvers.bounds import always_live
 from solvers.decode import Decisions, Tables
+from solvers.linear import Expression, mathopt_sum, total
+from solvers.memory_rows import Memory
 
 if TYPE_CHECKING:
     from ortools.math_opt.python.mathopt import Model, SolveResult, Variable
 
-UNIT = 1024.0  # bytes: memory rows are in KiB
-BLOCK_ROWS = 16
 LEAST_RATE = 0.02  # of a transfer's duration, where it delays compute by less: it isn't hidden always
 DISK_SHARE = 0.9  # of the step, that the disk may be busy
 RELATIVE_GAP = 7e-4
@@ -45,26 +45,6 @@ LEAST_SECONDS = 1.0
 TINY_SHARE = 1 / 2000  # of the budget: storages up to this size are pinned
 CROWDED_SHARE = 0.5
 MENU_SHARE = 0.1
-Terms = dict["Variable", float]
-
-
-@dataclass(slots=True)
-class Expression:
-    """A linear expression: coefficients and a constant."""
-
-    terms: Terms = field(default_factory=dict)
-    constant: float = 0.0
-
-    def add(self, other: Variable | float | Expression, factor: float = 1.0) -> Expression:
-        if isinstance(other, Expression):
-            for variable, value in other.terms.items():
-                self.terms[variable] = self.terms.get(variable, 0.0) + factor * value
-            self.constant += factor * other.constant
-        elif isinstance(other, (int, float)):
-            self.constant += factor * other
-        else:
-            self.terms[other] = self.terms.get(other, 0.0) + factor
-        return self
 
 
 class Residency:
@@ -95,12 +75,13 @@ class Residency:
         for s, item in self.blocks.items.items():
             self.add_gaps(s, item)
         self.add_needs()
+        self.add_purposes()
         for s in self.blocks.items:
             self.add_retention(s)
         Memory(self).build()
         self.add_disk()
         self.add_closures()
-        self.model.minimize_linear_objective(_sum(self.cost))
+        self.model.minimize_linear_objective(mathopt_sum(self.cost))
 
     def binary(self) -> Variable:
         return self.model.add_binary_variable()
@@ -118,7 +99,7 @@ class Residency:
             for k in ways:
                 self.way[op, k] = self.binary()
                 self.cost.add(self.way[op, k], self.problem.ops[op].choices[k].time_us)
-            self.row(_total(self.way[op, k] for k in ways), 1.0, 1.0)
+            self.row(total(self.way[op, k] for k in ways), 1.0, 1.0)
 
     def add_reruns(self) -> None:
         for q, roots in sorted(self.blocks.stages.items()):
@@ -200,7 +181,7 @@ class Residency:
         needs = self.blocks.items[s].needs
         if q not in needs:
             return Expression()
-        return _total(self.way[q, k] for k in needs[q]) if needs[q] else Expression(constant=1.0)
+        return total(self.way[q, k] for k in needs[q]) if needs[q] else Expression(constant=1.0)
 
     def add_needs(self) -> None:
         """(C1)"""
@@ -214,6 +195,23 @@ class Residency:
             for s in self.blocks.groups[root].inputs:
                 if q in self.local and s in self.local[q]:
                     self.row(self.available(s, q).add(run, -1.0), 0.0)
+
+    def add_purposes(self) -> None:
+        """(C5) Nothing is brought back before a stage that doesn't use it: the decoder is as lazy."""
+        readers: dict[tuple[int, int], list[Variable]] = {}
+        for (root, q), run in self.rerun.items():
+            for s in self.blocks.groups[root].inputs:
+                readers.setdefault((s, q), []).append(run)
+        for (root, q), run in self.rerun.items():
+            purpose = Expression()
+            for s in self.problem.ops[root].creates:
+                purpose.add(self.need(s, q) if s in self.points else 0.0).add(total(readers.get((s, q), ())))
+            if purpose.constant < 1.0:
+                self.row(purpose.add(run, -1.0), 0.0)
+        for (s, q), fetch in self.fetch.items():
+            purpose = Expression().add(self.need(s, q)).add(total(readers.get((s, q), ())))
+            if purpose.constant < 1.0:
+                self.row(purpose.add(fetch, -1.0), 0.0)
 
     def add_retention(self, s: int) -> None:
         """(C2)"""
@@ -234,7 +232,7 @@ class Residency:
         ran: dict[int, Variable] = {}
         for root, runs in self.runs_after(border).items():
             ran[root] = self.model.add_variable(lb=0.0, ub=1.0)
-            self.row(_total(runs).add(ran[root], -1.0), 0.0)
+            self.row(total(runs).add(ran[root], -1.0), 0.0)
         for s, item in self.blocks.items.items():
             kept = self.across(s, border)
             if any(q > border and not ways for q, ways in item.needs.items()) and kept is not None:
@@ -272,14 +270,14 @@ class Residency:
         if s in self.spill and fetches:
             result.add(self.spill[s])
         else:
-            result.add(_total(fetches))
+            result.add(total(fetches))
         return result
 
     def add_disk(self) -> None:
         """(C4) Transfers together take at most a share of the step."""
         if not self.disk.terms:
             return
-        self.row(Expression().add(self.disk).add(self.cost, -DISK_SHARE), most=DISK_SHARE * self.base_us())
+        self.row(Expression().add(self.disk).add(self.cost, -DISK_SHARE), most=DISK_SHARE * (self.base_us() - self.cost.constant))
 
     def binaries(self) -> list[Variable]:
         return [v for v in self.model.variables() if v.integer]
@@ -332,9 +330,10 @@ class Residency:
         return result
 
     def base_us(self) -> float:
-        """Microseconds that the objective leaves out: every op once that must run, except those with a menu."""
+        """Microseconds that the objective leaves out: every op once that must run, except those with a menu; and its constant."""
         ops = zip(self.problem.ops, self.blocks.choice, strict=True)
-        return float(sum(op.choices[k].time_us for index, (op, k) in enumerate(ops) if index not in self.blocks.menu and not op.optional))
+        once = sum(op.choices[k].time_us for index, (op, k) in enumerate(ops) if index not in self.blocks.menu and not op.optional)
+        return once + self.cost.constant
 
     def decisions(self, values: dict[Variable, float]) -> Decisions:
         """Values as decisions: a cut for every gap that isn't kept, and for the interior of what runs again."""
@@ -355,164 +354,6 @@ class Residency:
                 for s in self.blocks.groups[root].interior:
                     result.cut(s, q)
         return result
-
-
-class Memory:
-    """(C3): rows in the order of time. Before each op with a use: one for each moment of each group that may run there; then the op's."""
-
-    def __init__(self, model: Residency) -> None:
-        self.m, self.blocks, self.size = model, model.blocks, model.tables.size
-        self.rows: list[Expression] = []
-        self.first: dict[int, int] = {}
-        self.last: dict[int, int] = {}
-
-    def build(self) -> None:
-        events = sorted({*self.m.local, *self.blocks.menu})
-        base, count = self.blocks.base_bytes, self.m.count
-        previous = -1
-        for q in [*events, count]:
-            region = base[previous + 1 : q]
-            floor = max((int(base[e]) for e in (previous, q) if 0 <= e <= count), default=0)
-            if len(region) and int(region.max()) > floor:
-                self.rows.append(Expression(constant=float(region.max())))
-            if q not in self.first:
-                self.first[q] = len(self.rows)
-                self.add_moments(q)
-                self.add_op(q)
-                self.last[q] = len(self.rows) - 1
-            previous = q
-        self.cover()
-        for row in self.rows:
-            self.m.row(row_in_units(row), most=self.m.budget / UNIT)
-
-    def add_op(self, q: int) -> None:
-        """The row of op q itself."""
-        row = Expression(constant=float(self.blocks.base_bytes[q]))
-        for k in self.blocks.menu.get(q, ()):
-            row.add(self.m.way[q, k], self.m.problem.ops[q].choices[k].workspace_bytes)
-        for s in self.m.local.get(q, ()):
-            row.add(self.lasting(s, q), self.size[s])
-        self.rows.append(row)
-
-    def lasting(self, s: int, q: int) -> Variable | float:
-        """The item is in memory while op q runs: it uses it, or it stays."""
-        need, after = self.m.need(s, q), self.m.after(s, q)
-        if need.constant or not need.terms:
-            return 1.0 if need.constant else after
-        both = self.m.model.add_variable(lb=0.0, ub=1.0)
-        self.m.row(Expression().add(both).add(need, -1.0), 0.0)
-        self.m.row(Expression().add(both).add(after, -1.0), 0.0)
-        return both
-
-    def add_moments(self, q: int) -> None:
-        """One row for each moment of each group that may run just before op q."""
-        roots = sorted(self.blocks.stages.get(q, ()))
-        if not roots:
-            return
-        lives = [Life(self.m, s, q, roots) for s in self.m.local.get(q, ())]
-        for j, root in enumerate(roots):
-            for needed, transient in self.blocks.groups[root].points:
-                row = Expression(constant=float(self.blocks.before_bytes[q])).add(self.m.rerun[root, q], transient)
-                for life in lives:
-                    row.add(life.at(j, life.s in needed), self.size[life.s])
-                self.rows.append(row)
-
-    def cover(self) -> None:
-        """Bytes of items in the gaps between their uses."""
-        carried: dict[int, Expression] = {}
-        for s, points in self.m.points.items():
-            if s in self.m.home:
-                end = self.first[points[0]] if points else len(self.rows)
-                self.span(self.m.home[s], self.size[s], 0, end - 1, carried)
-                if points:
-                    self.span(self.m.home[s], self.size[s], self.last[points[-1]] + 1, len(self.rows) - 1, carried)
-            for a, b in itertools.pairwise(points):
-                self.span(self.m.stay[s, b], self.size[s], self.last[a] + 1, self.first[b] - 1, carried)
-        self.carry(carried)
-
-    def span(self, stay: Variable | float, size: int, low: int, high: int, carried: dict[int, Expression]) -> None:
-        """Add the item to rows low..high: whole blocks through `carried`, the others directly."""
-        first, beyond = -(-low // BLOCK_ROWS), (high + 1) // BLOCK_ROWS
-        direct: Iterable[int] = range(low, high + 1)
-        if first < beyond and not isinstance(stay, float):
-            carried.setdefault(first, Expression()).add(stay, size)
-            carried.setdefault(beyond, Expression()).add(stay, -size)
-            direct = (*range(low, first * BLOCK_ROWS), *range(beyond * BLOCK_ROWS, high + 1))
-        for r in direct:
-            self.rows[r].add(stay, size)
-
-    def carry(self, carried: dict[int, Expression]) -> None:
-        """K[b + 1] = K[b] + what begins - what ends."""
-        previous = None
-        for b in range(-(-len(self.rows) // BLOCK_ROWS)):
-            change = carried.get(b)
-            if previous is None or change:
-                now = self.m.model.add_variable(lb=0.0, ub=self.m.budget / UNIT)
-                balance = Expression().add(change or Expression(), 1 / UNIT).add(now, -1.0)
-                self.m.row(balance.add(previous) if previous is not None else balance, 0.0, 0.0)
-                previous = now
-            for r in range(b * BLOCK_ROWS, min(len(self.rows), (b + 1) * BLOCK_ROWS)):
-                self.rows[r].add(previous, UNIT)
-
-
-class Life:
-    """Where an item is in memory while the groups of one stage run."""
-
-    def __init__(self, model: Residency, s: int, q: int, roots: list[int]) -> None:
-        self.s = s
-        self.start = model.before(s, q)
-        groups = model.blocks.groups
-        self.users = [j for j, root in enumerate(roots) if s in groups[root].inputs]
-        own = model.maker.get(s, -1)
-        self.producer = roots.index(own) if own in roots else -1
-        self.used_by_op = model.need(s, q).constant == 1.0
-        self.arrived = Expression().add(self.start)
-        if self.producer >= 0:
-            self.arrived.add(model.rerun[own, q])
-        fetched = model.fetch.get((s, q))
-        self.arrived_read = Expression().add(self.arrived)
-        if fetched is not None:
-            self.arrived_read.add(fetched)
-        self.chain: list[Variable | float] = []
-        if not self.used_by_op and self.users:
-            following: Variable | float = model.after(s, q) if s in model.local[q] else 0.0
-            self.end = following
-            for j in reversed(self.users):
-                variable = model.model.add_variable(lb=0.0, ub=1.0)
-                model.row(Expression().add(variable).add(model.rerun[roots[j], q], -1.0), 0.0)
-                model.row(Expression().add(variable).add(following, -1.0), 0.0)
-                self.chain.insert(0, variable)
-                following = variable
-        else:
-            self.end = model.after(s, q)
-
-    def at(self, j: int, needed: bool) -> Variable | float | Expression:
-        """In memory while group number j runs; needed: that group still reads it."""
-        if j <= self.producer or (self.users and self.producer < 0 and j < self.users[0]):
-            return self.start
-        if self.used_by_op:
-            return self.arrived_read if self.users and self.users[0] <= j else self.arrived
-        for k, user in enumerate(self.users):
-            if user > j or (user == j and needed):
-                return self.chain[k]
-        return self.end if self.users or self.producer >= 0 else self.start
-
-
-def row_in_units(row: Expression) -> Expression:
-    return Expression({v: c / UNIT for v, c in row.terms.items()}, row.constant / UNIT)
-
-
-def _sum(expression: Expression) -> object:
-    from ortools.math_opt.python import mathopt
-
-    return mathopt.LinearSum([mathopt.LinearTerm(v, c) for v, c in expression.terms.items()])
-
-
-def _total(variables: Iterable[Variable]) -> Expression:
-    result = Expression()
-    for variable in variables:
-        result.add(variable)
-    return result
 
 
 def menu_of(tables: Tables, choice: list[int], grouped: set[int]) -> dict[int, tuple[int, ...]]:

@@ -108,9 +108,12 @@ def solve(
         best.offer(hint, "hint")
     bound = roofline_us(problem) if effort == "fast" else lower_bound_us(problem)
     course = _Course(tables, best, deadline, seed, progress, bound)
-    smallest_found = _offer_greedy(course)
-    if effort != "fast":
+    modelled = effort != "fast" and len(problem.ops) > EXACT_OPS
+    smallest_found = _offer_greedy(course, first_only=modelled)
+    if modelled:
         _offer_model(course)
+        smallest_found += _offer_greedy(course)
+    if effort != "fast":
         _offer_search(course)
     exact_bound = _offer_exact(problem, best, effort, deadline)
     if best.schedule is None or best.report is None:
@@ -144,20 +147,25 @@ class _Course:
     progress: Callable[[str], None] | None
     bound_us: int
     states: list[tuple[State, float]] = field(default_factory=list)
+    walked: list[float] = field(default_factory=list)
 
     def tell(self, text: str) -> None:
         if self.progress and self.best.report:
             self.progress(f"{text}: {self.best.report.time_us / 1e6:.4f} s")
 
 
-def _offer_greedy(course: _Course) -> list[int]:
-    """Walk down each greedy path to the budget, and refill; returns the smallest peak of each path walked."""
+def _offer_greedy(course: _Course, first_only: bool = False) -> list[int]:
+    """Walk down each greedy path not yet walked to the budget, and refill; returns the smallest peak of each. first_only: end with the
+    first that fits."""
     tables, best, smallest_found = course.tables, course.best, list[int]()
     bound = roofline_us(tables.problem)
     for walked in (*_weights(tables.problem), TIGHTEST):
         late = time.monotonic() > course.deadline
         if best.report and (walked == TIGHTEST or best.report.time_us <= GOOD_ENOUGH * bound or late):
             break
+        if walked in course.walked:
+            continue
+        course.walked.append(walked)
         weight = walked or _weights(tables.problem)[0]
         path = list(_until_fit(tables, walked))
         smallest_found.append(min(state.profile.peak_bytes for state in path))
@@ -166,13 +174,15 @@ def _offer_greedy(course: _Course) -> list[int]:
         state = min(_filled(tables, best, path[-1], weight), key=lambda state: score(state, weight))
         course.states.append((state, weight))
         course.tell(f"greedy (transfers x {weight})")
+        if first_only:
+            break
     return smallest_found
 
 
 def _offer_model(course: _Course) -> None:
     """The global model's plans, each repaired, refilled and replayed."""
     tables, best = course.tables, course.best
-    if best.schedule is None or best.report is None or len(tables.problem.ops) <= EXACT_OPS:
+    if best.schedule is None or best.report is None:
         return
     weight = _weights(tables.problem)[0]
     for ways in (first_decisions(tables).choice, _ways(tables, best.schedule)):
