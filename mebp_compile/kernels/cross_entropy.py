@@ -45,9 +45,7 @@ _LIBRARY.define(
     f"linear_cross_entropy(Tensor x, Tensor weight, Tensor target, {_FORM}, int rows) "
     "-> (Tensor loss, Tensor count, Tensor direction, Tensor softmax)"
 )
-_LIBRARY.define(
-    f"head_gradient(Tensor grad, Tensor x, Tensor weight, Tensor target, Tensor softmax, Tensor count, {_FORM}, int rows) -> Tensor"
-)
+_LIBRARY.define(f"head_gradient(Tensor grad, Tensor x, Tensor weight, Tensor target, Tensor softmax, Tensor count, {_FORM}, int rows) -> Tensor")
 MEAN, SUM = 1, 2  # reductions, as aten numbers them
 ROWS = 2048  # of the weight in a tile, where it is in memory anyway
 
