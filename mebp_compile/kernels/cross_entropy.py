@@ -108,7 +108,7 @@ def tile(logits: Tensor, rows: Tensor, target: Tensor, start: int, cap: float, *
         keep = _tile_in_torch(logits, slopes, even, here, column, start, cap, sums)
     sums.pulled.mul_(keep.unsqueeze(1))
     if even is not None:
-        spread = rows.sum(0, keepdim=True, dtype=torch.float32) if slopes is None else torch.mm(slopes, rows)
+        spread = rows.float().sum(0, keepdim=True) if slopes is None else torch.mm(slopes, rows)
         sums.spread.add_(spread)
         sums.pulled.addcmul_(even.unsqueeze(1), spread)
 
