@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from mebp_compile.graph import Graph, LoopChoice, Op
+from mebp_compile.graph import Graph, LoopChoice, Op, Ref
 from mebp_compile.lower.loss_loop import TILED_LOSS
 from mebp_compile.lower.stream import MATMULS, tile_size
 
@@ -58,7 +58,8 @@ def _loss_tile(graph: Graph, op: Op, trips: int) -> Json:
     size = tile_size(weight.shape[0], trips)
     head = {"shape": [size, weight.shape[1]], "dtype": weight.dtype}
     target = {"shape": [x.shape[0]], "dtype": "int64", "fill": "index:2"}
-    args = [{"tensor": {"shape": list(x.shape), "dtype": x.dtype}}, {"tensor": head}, {"tensor": target}, *op.args[3:-1], size]
+    form = [0.5 if isinstance(arg, Ref) else arg for arg in op.args[3:-1]]  # a live number: any will do
+    args = [{"tensor": {"shape": list(x.shape), "dtype": x.dtype}}, {"tensor": head}, {"tensor": target}, *form, size]
     return {"target": op.target, "args": args, "kwargs": {}}
 
 

@@ -25,6 +25,16 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {**GEMMA, "vocab_size": 262144, "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26, "num_attention_heads": 4,
          "num_key_value_heads": 1, "sliding_window": 512},
     ),
+    "gemma3-4b": (  # the text model
+        "Gemma3TextConfig",
+        {**GEMMA, "vocab_size": 262208, "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "num_attention_heads": 8,
+         "num_key_value_heads": 4, "sliding_window": 1024, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    ),
+    "qwen3-0.6b": (
+        "Qwen3Config",
+        {**QWEN, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
+         "head_dim": 128, "max_position_embeddings": 40960},
+    ),
     "llama-3.1-8b": (
         "LlamaConfig",
         {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,

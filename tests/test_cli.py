@@ -174,7 +174,7 @@ def test_a_model_on_meta_has_real_buffers_and_adapters(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [("qwen2.5-0.5b", 494_032_768), ("qwen2.5-1.5b", 1_543_714_304), ("qwen2.5-3b", 3_085_938_688), ("gemma3-1b", 999_885_952),
-     ("llama-3.1-8b", 8_030_261_248)],
+     ("gemma3-4b", 3_880_263_168), ("qwen3-0.6b", 596_049_920), ("llama-3.1-8b", 8_030_261_248)],
 )  # fmt: skip
 def test_named_models_have_their_published_size(name: str, parameters: int) -> None:
     """Built on meta, tied where the model is: as many parameters as the published checkpoint has."""

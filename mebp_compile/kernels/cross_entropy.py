@@ -45,9 +45,7 @@ _LIBRARY.define(
     f"linear_cross_entropy(Tensor x, Tensor weight, Tensor target, {_FORM}, int rows) "
     "-> (Tensor loss, Tensor count, Tensor direction, Tensor softmax)"
 )
-_LIBRARY.define(
-    f"head_gradient(Tensor grad, Tensor x, Tensor weight, Tensor target, Tensor softmax, Tensor count, {_FORM}, int rows) -> Tensor"
-)
+_LIBRARY.define(f"head_gradient(Tensor grad, Tensor x, Tensor weight, Tensor target, Tensor softmax, Tensor count, {_FORM}, int rows) -> Tensor")
 MEAN, SUM = 1, 2  # reductions, as aten numbers them
 ROWS = 2048  # of the weight in a tile, where it is in memory anyway
 
@@ -110,7 +108,7 @@ def tile(logits: Tensor, rows: Tensor, target: Tensor, start: int, cap: float, *
         keep = _tile_in_torch(logits, slopes, even, here, column, start, cap, sums)
     sums.pulled.mul_(keep.unsqueeze(1))
     if even is not None:
-        spread = rows.sum(0, keepdim=True, dtype=torch.float32) if slopes is None else torch.mm(slopes, rows)
+        spread = rows.float().sum(0, keepdim=True) if slopes is None else torch.mm(slopes, rows)
         sums.spread.add_(spread)
         sums.pulled.addcmul_(even.unsqueeze(1), spread)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mebp_compile.graph import Graph, LoopChoice, Op, Ref, Value
+from mebp_compile.graph import Graph, LoopChoice, Op, Ref, Value, refs
 
 TILED_LOSS = "mebp.linear_cross_entropy.default"
 TRIPS = (8, 16, 32, 64, 128)
@@ -17,19 +17,19 @@ def loss_body(op: Op, weight: Value, packed: Value) -> Graph:
     *_, smoothing, cap = form
     rows, logits, tile = f"{weight.name}_tile", f"{op.name}_logits", Ref("tile")
     sums = tuple(f"{op.name}_{name}" for name in SUMS)
-    refs = tuple(map(Ref, sums))
+    carried = tuple(map(Ref, sums))
     part = f"{op.name}_part"
     ops = (
         Op("begin", "run.cross_entropy_begin", (x, smoothing, cap), outputs=sums, phase="before"),
         Op("make", "run.rows", (weight.name, Ref(packed.name), tile), outputs=(rows,), phase="tile"),
         Op("flip", "aten.t.default", (Ref(rows),), outputs=(f"{rows}_t",), phase="tile"),
         Op("multiply", "aten.mm.default", (x, Ref(f"{rows}_t")), outputs=(logits,), phase="tile"),
-        Op("take", "run.cross_entropy_tile", (Ref(logits), Ref(rows), target, Ref("tile.start"), cap, *refs), phase="tile"),
+        Op("take", "run.cross_entropy_tile", (Ref(logits), Ref(rows), target, Ref("tile.start"), cap, *carried), phase="tile"),
         Op("pull", "aten.mm.default", (Ref(logits), Ref(rows)), outputs=(part,), phase="tile"),
-        Op("add", "aten.add_.Tensor", (refs[-1], Ref(part)), phase="tile"),
-        Op("end", "run.cross_entropy_end", (target, weight.shape[0], *form, *refs), outputs=op.outputs, phase="after"),
+        Op("add", "aten.add_.Tensor", (carried[-1], Ref(part)), phase="tile"),
+        Op("end", "run.cross_entropy_end", (target, weight.shape[0], *form, *carried), outputs=op.outputs, phase="after"),
     )
-    return Graph(f"{weight.shape[0]}", (), (), ops, (), (*(arg.name for arg in (x, target)), packed.name), ())
+    return Graph(f"{weight.shape[0]}", (), (), ops, (), (*refs((x, target, *form)), packed.name), ())
 
 
 def with_loss_menu(op: Op, weight: Value, packed: Value, record_bytes: int, counts: tuple[int, ...]) -> Op:

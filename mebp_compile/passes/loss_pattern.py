@@ -36,8 +36,7 @@ MAKES: dict[tuple[Any, tuple[str, ...]], str] = {
     (aten.masked_fill_.Scalar, ("negated",)): "kept",
     (aten.sum.default, ("kept",)): "total",
     (aten.div.Tensor, ("total",)): "average",
-    (aten.mul.Scalar, ("total",)): "even",
-    (aten.mul.Scalar, ("average",)): "even",
+    **{(times, (of,)): "even" for times in (aten.mul.Scalar, aten.mul.Tensor) for of in ("total", "average")},
     (aten.add.Tensor, ("even",)): "smoothed",
     # the backward
     (aten.nll_loss_backward.default, ("log p",)): "d log p",
@@ -116,7 +115,8 @@ def _head(nll: Node) -> tuple[Node, Node | None]:
         raise NotHere(f"the softmax is in {softmax.meta['val'].dtype}")
     head = _source(_uncapped(softmax.args[0]), (*SAME, aten.slice.Tensor))
     if not _is(head, aten.mm.default):
-        raise NotHere(f"the logits are made by {getattr(head, 'target', head)}, not by one matmul")
+        hint = " (a contiguous() before the head makes it one)" if _is(head, aten.bmm.default) else ""
+        raise NotHere(f"the logits are made by {getattr(head, 'target', head)}, not by one matmul{hint}")
     if not _is(head.args[1], aten.t.default):
         raise NotHere("the head's weight is not stored as [vocabulary, features]")
     cuts = [node for node in _between(softmax.args[0], head) if node.target is aten.slice.Tensor and _size(node) != _size(node.args[0])]
@@ -127,9 +127,9 @@ def _head(nll: Node) -> tuple[Node, Node | None]:
 
 def _uncapped(logits: Any) -> Any:
     """What soft-capping was given, or the logits themselves where they are not capped."""
-    outer = _source(logits, (*SAME, aten.slice.Tensor))
-    tanh = _source(outer.args[0], (*SAME, aten.slice.Tensor)) if _is(outer, aten.mul.Tensor) else None
-    part = _source(tanh.args[0], (*SAME, aten.slice.Tensor)) if _is(tanh, aten.tanh.default) else None
+    outer: Any = _source(logits, (*SAME, aten.slice.Tensor))
+    tanh: Any = _source(outer.args[0], (*SAME, aten.slice.Tensor)) if _is(outer, aten.mul.Tensor) else None
+    part: Any = _source(tanh.args[0], (*SAME, aten.slice.Tensor)) if _is(tanh, aten.tanh.default) else None
     return part.args[0] if _is(part, aten.div.Tensor) or _is(part, aten.mul.Tensor) else logits
 
 
@@ -213,9 +213,7 @@ class _Found:
         elif smoothing and gradient is not None:
             raise NotHere("the gradient of its label smoothing is missing")
         gone = frozenset([*self.label, *self.made.values(), *self.to_input, *self.to_weight, *more])
-        return Loss(
-            self.nll, self.head, self.weight, smoothing, cap, cut, value, gradient, tuple(self.to_input), tuple(self.to_weight), gone
-        )
+        return Loss(self.nll, self.head, self.weight, smoothing, cap, cut, value, gradient, tuple(self.to_input), tuple(self.to_weight), gone)
 
     def _cap(self) -> float:
         """The cap of soft-capping, the same number in all its four places; 0 where there is none."""
@@ -246,7 +244,7 @@ def _smoothing(found: _Found, value: Any) -> tuple[float, set[Node]]:
     made = found.made
     added = made.get("smoothed")
     plain: Any = next((arg for arg in added.args if arg is not made["even"]), None) if added is not None else None
-    alone = _is(plain, aten.mul.Scalar) and plain.args[0] is value and list(value.users) == [plain] and list(plain.users) == [added]
+    alone = _scaled(plain) and plain.args[0] is value and list(value.users) == [plain] and list(plain.users) == [added]
     if added is None or added.kwargs or not alone:
         raise NotHere("its log_softmax is summed over the words for something else than label smoothing")
     smoothing, even = 1.0 - plain.args[1], made["even"].args[1]
@@ -273,9 +271,14 @@ def _smoothed_gradient(found: _Found) -> tuple[Node, set[Node]]:
     if _is(node, aten.div.Tensor) and _counts(found, node.args[1]):
         chain.add(node)
         node = node.args[0]
-    if not _is(node, aten.mul.Scalar) or not _is(nll_grad, aten.mul.Scalar) or node.args[0] is not nll_grad.args[0]:
+    if not _scaled(node) or not _scaled(nll_grad) or node.args[0] is not nll_grad.args[0]:
         raise NotHere("the two parts of its label smoothing have different gradients")
     return node.args[0], {*chain, node}
+
+
+def _scaled(node: Any) -> bool:
+    """Whether a node is something times a number."""
+    return (_is(node, aten.mul.Scalar) or _is(node, aten.mul.Tensor)) and isinstance(node.args[1], (int, float))
 
 
 def _check_mask(found: _Found, masked: tuple[Any, ...]) -> None:

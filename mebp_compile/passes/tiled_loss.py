@@ -86,10 +86,11 @@ def _target(graph: torch.fx.Graph, loss: Loss) -> Any:
     target, ignored = loss.nll.args[1], loss.nll.args[4]
     if loss.cut is None:
         return target
-    whole, seen = loss.cut.args[0].meta["val"].shape[:-1], loss.cut.meta["val"].shape[:-1]  # type: ignore[union-attr]
+    logits: Any = loss.cut.args[0]
+    whole, seen = logits.meta["val"].shape[:-1], loss.cut.meta["val"].shape[:-1]
     dim = next(index for index, (most, some) in enumerate(zip(whole, seen, strict=True)) if most != some)
-    start = loss.cut.args[2] if len(loss.cut.args) > 2 and loss.cut.args[2] is not None else 0
-    before = int(start) % whole[dim]  # type: ignore[call-overload]
+    start: Any = loss.cut.args[2] if len(loss.cut.args) > 2 else None
+    before = slice(start, None).indices(whole[dim])[0]
     padding = [0] * (2 * (len(whole) - 1 - dim)) + [before, whole[dim] - seen[dim] - before]
     shaped = _new(graph, aten.view.default, (target, list(seen)), loss.head)
     padded = _new(graph, aten.constant_pad_nd.default, (shaped, padding, ignored), loss.head)
