@@ -89,7 +89,8 @@ def _add_shared(item: argparse.ArgumentParser) -> None:
     item.add_argument("--model", required=True, help=f"a checkpoint folder, or with random weights one of {', '.join(CONFIGS)}")
     item.add_argument("--sequence", type=int, default=256, help="tokens of a sequence (256)")
     item.add_argument("--batch", type=int, default=1, help="sequences of a batch (1)")
-    item.add_argument("--lora-rank", type=int, default=8)
+    item.add_argument("--lora-rank", type=int, default=8, help="of the adapters (8); 0 trains all parameters")
+    item.add_argument("--adapter-dtype", choices=("bfloat16", "float32"), help="of the adapters (the model's)")
     item.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw")
     item.add_argument("--lr", type=float, default=1e-4)
     item.add_argument("--weights", choices=SCHEMES, help="quantise the frozen weights and read them from disk")
@@ -110,10 +111,11 @@ def _add_budget(item: argparse.ArgumentParser) -> None:
 
 def _add_bench(item: argparse.ArgumentParser) -> None:
     _add_shared(item)
-    item.add_argument("--budgets", required=True, help="of our rows, with commas between: 32MB,64MB,320MB")
+    item.add_argument("--budgets", default="", help="of our rows, with commas between: 32MB,64MB,320MB")
     item.add_argument("--peers", default=",".join(PEERS), help=f"with commas between ({','.join(PEERS)})")
     item.add_argument("--data", type=Path, required=True, help="a text file")
     item.add_argument("--rounds", type=int, default=5, help="timed steps of each, taken in turn (5)")
+    item.add_argument("--rows", type=Path, metavar="FILE", help="a JSON list of other settings, each run alone for one round after the race")
     item.set_defaults(command=_bench, numerics="reassociate", budget="1GB")
 
 
@@ -262,19 +264,26 @@ def _save_plan(folder: Path, step: CompiledStep) -> None:
 def _bench(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from mebp_compile.bench import Contestant, race, report, write_report
+    from mebp_compile.bench import Contestant, race, read_rows, report, table, write_report
 
     if args.rounds < 1:
         raise OptionError(f"--rounds is {args.rounds}", "give a positive number")
     if not args.data.is_file():
         raise OptionError(f"there is no data file {args.data}", "give a UTF-8 text file")
     settings = _settings(args)
-    for budget in args.budgets.split(","):
+    budgets = [budget for budget in args.budgets.split(",") if budget]
+    for budget in budgets:
         parse_budget(budget)
-    rows = [Contestant(f"ours, {budget}", "ours", replace(settings, budget=budget)) for budget in args.budgets.split(",")]
+    rows = [Contestant(f"ours, {budget}", "ours", replace(settings, budget=budget)) for budget in budgets]
     rows += [Contestant(kind, kind, settings) for kind in args.peers.split(",") if kind]
+    others = read_rows(args.rows, settings) if args.rows is not None else []
     results = race(rows, args.rounds, args.data, Progress(args.quiet))
-    print(report(results))
+    if results:
+        print(report(results))
+    if others:
+        alone = [race([row], 1, args.data, Progress(args.quiet))[0] for row in others]
+        print(f"\n{table(alone)}")
+        results += alone
     if args.out is not None:
         print(*write_report(results, args.out), sep="\n")
 
@@ -294,9 +303,10 @@ def _settings(args: argparse.Namespace) -> Settings:
     from mebp_compile.finetune import Settings
 
     return Settings(
-        model=args.model, budget=args.budget, sequence=args.sequence, batch=args.batch, lora_rank=args.lora_rank, optimizer=args.optimizer,
-        lr=args.lr, weights=args.weights, offload=args.offload, store=args.store, dtype=args.dtype, effort=args.effort,
-        time_limit_s=args.time_limit, seed=args.seed, numerics=args.numerics, scope=getattr(args, "scope", "step"),
+        model=args.model, budget=args.budget, sequence=args.sequence, batch=args.batch, lora_rank=args.lora_rank,
+        adapter_dtype=args.adapter_dtype, optimizer=args.optimizer, lr=args.lr, weights=args.weights, offload=args.offload, store=args.store,
+        dtype=args.dtype, effort=args.effort, time_limit_s=args.time_limit, seed=args.seed, numerics=args.numerics,
+        scope=getattr(args, "scope", "step"),
     )  # fmt: skip
 
 

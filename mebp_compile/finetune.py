@@ -33,13 +33,17 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": torch.op
 
 @dataclass(frozen=True)
 class Settings:
-    """What to train and inside which budget. `model`: a name of CONFIGS or a checkpoint folder; `offload`, `store`: folders on disk."""
+    """What to train and inside which budget. `model`: a name of CONFIGS or a checkpoint folder; `offload`, `store`: folders on disk.
+
+    `lora_rank` 0 trains all parameters. `adapter_dtype`: of the adapters, the model's own without it (PEFT's default is float32).
+    """
 
     model: str
     budget: str
     sequence: int = 256
     batch: int = 1
     lora_rank: int = 8
+    adapter_dtype: str | None = None
     optimizer: str = "adamw"
     lr: float = 1e-4
     weights: str | None = None
@@ -54,12 +58,14 @@ class Settings:
     scope: str = "step"
 
     def __post_init__(self) -> None:
-        for name in ("sequence", "batch", "lora_rank"):
-            if getattr(self, name) < 1:
+        for name, least in (("sequence", 1), ("batch", 1), ("lora_rank", 0)):
+            if getattr(self, name) < least:
                 raise OptionError(f"{name} is {getattr(self, name)}", "give a positive number")
-        for name, allowed in (("optimizer", OPTIMIZERS), ("dtype", DTYPES)):
+        if self.lora_rank == 0 and self.weights is not None:
+            raise OptionError("weights are quantised where they are frozen, and a LoRA rank of 0 trains them all", "leave one of the two out")
+        for name, allowed in (("optimizer", OPTIMIZERS), ("dtype", DTYPES), ("adapter_dtype", (None, *DTYPES))):
             if getattr(self, name) not in allowed:
-                raise OptionError(f"{name}={getattr(self, name)!r} is unknown", f"use one of {', '.join(allowed)}")
+                raise OptionError(f"{name}={getattr(self, name)!r} is unknown", f"use one of {', '.join(filter(None, allowed))}")
         if self.weights is not None and self.weights not in SCHEMES:
             raise OptionError(f"weights={self.weights!r} is unknown", f"use one of {', '.join(SCHEMES)}, or leave it out")
         if not (math.isfinite(self.lr) and self.lr > 0):
@@ -70,7 +76,8 @@ class Settings:
 
 
 def build_model(settings: Settings, progress: Progress | None = None) -> tuple[nn.Module, WeightStore | None]:
-    """A causal language model with LoRA adapters on all its linear layers, and the store of its frozen weights if they are quantised.
+    """A causal language model, with LoRA adapters on all its linear layers unless the rank is 0, and the store of its frozen weights if they
+    are quantised.
 
     With a store the frozen weights are never in memory: the model is built on meta.
     """
@@ -78,7 +85,7 @@ def build_model(settings: Settings, progress: Progress | None = None) -> tuple[n
     torch.manual_seed(settings.seed)
     base = _on_meta(settings) if store is not None else _in_memory(settings)
     base.config.use_cache = False
-    model = _with_lora(base, settings)
+    model = _with_lora(base, settings) if settings.lora_rank else base
     model.train()
     return model, store
 
@@ -129,7 +136,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def _with_lora(base: Any, settings: Settings) -> nn.Module:
-    """PEFT's LoRA in the model's own dtype; adapters that came out on meta get the start that PEFT gives (A random, B zero)."""
+    """PEFT's LoRA; adapters that came out on meta get the start that PEFT gives (A random, B zero)."""
     import peft
 
     config = peft.LoraConfig(
@@ -141,8 +148,7 @@ def _with_lora(base: Any, settings: Settings) -> nn.Module:
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(module, nn.Linear) and weight is not None and weight.requires_grad:
-            dtype = DTYPES[settings.dtype]
-            real = torch.zeros(weight.shape, dtype=dtype)
+            real = torch.zeros(weight.shape, dtype=DTYPES[settings.adapter_dtype or settings.dtype])
             if ".lora_A." in f"{name}.":
                 nn.init.kaiming_uniform_(real, a=math.sqrt(5))
             module.weight = nn.Parameter(real)
@@ -251,7 +257,8 @@ def byte_batches(settings: Settings, data: Path) -> Iterator[tuple[torch.Tensor,
 
 
 def train(training: Training, data: Path, steps: int, adapter: Path | None, log: Path | None, progress: Progress) -> list[float]:
-    """Run `steps` steps on the data; write the losses (a JSON line each) and the adapter in PEFT's format. Returns the losses."""
+    """Run `steps` steps on the data; write the losses (a JSON line each) and the adapter in PEFT's format (where all parameters are trained,
+    the checkpoint, which takes their memory). Returns the losses."""
     settings = training.settings
     tokens = load_tokens(settings)
     source = batches(blocks(read_examples(data), tokens, settings.sequence), settings.batch, settings.seed)
@@ -263,13 +270,15 @@ def train(training: Training, data: Path, steps: int, adapter: Path | None, log:
             write({"step": number, "loss": losses[-1], "seconds": round(time.perf_counter() - started, 4)})
             progress.update("train", number, steps, f"loss {losses[-1]:.4f}")
     if adapter is not None:
+        training.step.materialise()
         save_adapter(training.model, adapter)
     return losses
 
 
 def save_adapter(model: Any, folder: Path) -> None:
-    """adapter_model.safetensors and adapter_config.json, as PeftModel.from_pretrained reads them."""
+    """adapter_model.safetensors and adapter_config.json, as PeftModel.from_pretrained reads them; or the checkpoint of a model without adapters."""
+    only_adapters = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
     try:
-        model.save_pretrained(str(folder), save_embedding_layers=False)
+        model.save_pretrained(str(folder), **only_adapters)
     except OSError as error:
         raise DiskError(f"can't save the adapter in {folder}: {error}", "give a folder that can be written") from error

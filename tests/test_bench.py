@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from mebp_compile.bench import Contestant, Result, nf4, race, table, torch_private, verdicts, write_plot, write_report
+from mebp_compile.bench import Contestant, Result, nf4, race, read_rows, table, torch_private, verdicts, write_plot, write_report
 from mebp_compile.bench.peers import PEERS, mezo_step, prepare
 from mebp_compile.bench.plot import pareto
 from mebp_compile.bench.race import _ended
@@ -340,3 +340,17 @@ def test_mezo_moves_against_the_slope() -> None:
         losses = [float(step(input_ids=None, labels=None)) for _ in range(200)]
     assert losses[-1] < 0.1 * losses[0]
     assert mezo_step(Quadratic(), 0.0)(input_ids=None, labels=None) > 0
+
+
+def test_rows_replace_settings_and_bad_ones_are_named(tmp_path: Path) -> None:
+    """Each row is a contestant of ours with its own model, sequence and store; what is no row is refused with an example."""
+    settings = Settings("tiny-qwen2", "1MB", weights="int4", store=tmp_path / "tiny-qwen2-int4")
+    path = tmp_path / "rows.json"
+    path.write_text('[{"name": "long", "sequence": 64}, {"name": "all", "lora_rank": 0, "weights": null, "store": null, "model": "qwen2.5-0.5b"}]')
+    long, everything = read_rows(path, settings)
+    assert (long.name, long.settings.sequence, long.settings.store) == ("long", 64, settings.store)
+    assert (everything.settings.lora_rank, everything.settings.store, everything.settings.weights) == (0, None, None)
+    for text in ("{}", "[3]", '[{"sequence": 3}]', '[{"name": "x", "colour": 3}]', "no json"):
+        path.write_text(text)
+        with pytest.raises(OptionError, match="write a list such as"):
+            read_rows(path, settings)

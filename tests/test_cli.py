@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from planned import costs_by_bytes, roomy, tight
 
 from mebp_compile.artifacts import check_artifacts, load_artifacts, save_artifacts
@@ -276,3 +277,21 @@ def test_quiet_progress_says_nothing() -> None:
 def test_the_roomy_plan_is_not_the_tight_one() -> None:
     """The two plans that these tests use differ in what they do (or nothing above would show a difference)."""
     assert roomy().plan.report.recomputes == 0 < tight(True).plan.report.recomputes
+
+
+def test_all_parameters_can_be_trained(unmeasured: None, disk_folder: Path, tmp_path: Path) -> None:
+    """A LoRA rank of 0 trains and saves the model itself; with quantised weights it is refused."""
+    import transformers
+
+    with pytest.raises(OptionError, match="trains them all"):
+        Settings(model="tiny-qwen2", budget="4MB", lora_rank=0, weights="int4")
+    data = tmp_path / "notes.txt"
+    data.write_text("all parameters, all of them. " * 40)
+    shape = ["--model", "tiny-qwen2", "--budget", "4MB", "--sequence", "32", "--lora-rank", "0", "--optimizer", "sgd", "--lr", "0.1"]
+    out = tmp_path / "model"
+    assert main(["train", *shape, "--data", str(data), "--steps", "3", "--adapter-out", str(out), "--offload", str(disk_folder), "--quiet"]) == 0
+    trained = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="bfloat16")
+    torch.manual_seed(0)
+    fresh, _ = build_model(Settings(model="tiny-qwen2", budget="4MB", lora_rank=0))
+    moved = [not torch.equal(a, b) for (_, a), (_, b) in zip(trained.named_parameters(), fresh.named_parameters(), strict=True)]
+    assert sum(moved) > len(moved) // 2
