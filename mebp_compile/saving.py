@@ -15,7 +15,6 @@ import copy
 import hashlib
 import json
 import os
-import py_compile
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from mebp_compile.capture import State
 from mebp_compile.capture.contract import Contract, to_json
 from mebp_compile.config import Options
 from mebp_compile.errors import DiskError, LeanError
+from mebp_compile.lean import COMPILED, FORMAT_VERSION, LEAN, compile_program
 from mebp_compile.runtime.ahead import state_after
 from mebp_compile.runtime.bind import Streamed
 from mebp_compile.runtime.homes import Homes
@@ -38,8 +38,6 @@ from mebp_compile.runtime.saved_state import GENERATOR, TENSORS, plain_groups, w
 from mebp_compile.runtime.setup import binding_of
 from mebp_compile.runtime.tensor_file import Geometry
 
-LEAN, COMPILED, ADAPTER = "lean.json", "program.pyc", "adapter_config.json"
-FORMAT_VERSION = 1
 OWN_CONTAINERS = ("builtins.", "collections.")
 ADAPTER_FILE, PARAMETERS_FILE = "adapter_model.safetensors", "parameters.safetensors"
 
@@ -86,7 +84,7 @@ def _lean(folder: Path, subject: Subject) -> dict[str, Any]:
     trained = [source for source in binding.written if source.startswith("parameter:")]
     keys = _adapter_keys(subject.state, names, trained)
     _write_state(folder, subject, list(dict.fromkeys(binding.sources.values())), binding.random)
-    _compile_program(folder)
+    compile_program({"source": str(folder / artifacts.PROGRAM), "target": str(folder / COMPILED)})
     if keys is not None:
         _write_adapter_config(folder, subject.state)
     needed = {source for source, _ in binding.weights.values()}
@@ -211,13 +209,7 @@ def _write_adapter_config(folder: Path, state: State) -> None:
     config.save_pretrained(str(folder), auto_mapping_dict=classes if config.task_type is None else None)
 
 
-# --- the program and the store ---
-
-
-def _compile_program(folder: Path) -> None:
-    """program.pyc, valid for the very text beside it."""
-    path = folder / artifacts.PROGRAM
-    py_compile.compile(str(path), str(folder / COMPILED), doraise=True, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
+# --- the weight store ---
 
 
 def _store(folder: Path, streamed: Streamed | None) -> dict[str, str]:
