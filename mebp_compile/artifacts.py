@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
@@ -24,6 +23,7 @@ from mebp_compile.overhead import charged_sizes, constant_overhead
 from mebp_compile.place import ALIGN, Life, Placement, lives
 from mebp_compile.planning import Plan, tensor_peak
 from mebp_compile.walk import walk
+from mebp_compile.whole_file import write_whole
 from solvers.baselines import keep_all
 
 FORMAT_VERSION = 1
@@ -48,24 +48,10 @@ def save_artifacts(folder: str | Path, graph: Graph, plan: Plan, code: str) -> P
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in {**texts, PROGRAM: code, PLAN: _numbers_text(plan, texts)}.items():
-            _replace(folder / name, text)
+            write_whole(folder / name, text)
     except OSError as error:
         raise DiskError(f"can't save the artifacts in {folder}: {error.strerror}", "give a folder that can be written") from error
     return folder
-
-
-def _replace(path: Path, text: str) -> None:
-    """A temporary file beside it, flushed to the disk, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _offsets_text(placement: Placement) -> str:

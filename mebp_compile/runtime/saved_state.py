@@ -16,6 +16,7 @@ import torch
 
 from mebp_compile.errors import DiskError, LeanError, StoreError
 from mebp_compile.runtime.tensor_file import DAMAGED, Geometry, TensorFile, write_tensors
+from mebp_compile.whole_file import write_whole
 
 FORMAT_VERSION = 1
 INDEX, TENSORS = "state.json", "state.safetensors"
@@ -114,17 +115,10 @@ def _plain(value: Any) -> Any:
 
 def write_json(path: Path, data: Any) -> None:
     """The file whole or not at all. Raises DiskError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(data, file, separators=(",", ":"))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_whole(path, json.dumps(data, separators=(",", ":")))
     except OSError as error:
         raise DiskError(f"can't write {path}: {error.strerror}", "give a folder that can be written") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Any:

@@ -6,7 +6,6 @@ A tensor that is not contiguous is stored as the flat run of memory that it cove
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from mebp_compile.errors import DiskError, StoreError
 from mebp_compile.measure.transfer import memory_of, read_all
 from mebp_compile.quant.safetensors_file import FILE_NAMES, FileTensor, encode_header, read_header
+from mebp_compile.whole_file import whole_file
 
 HEADER_ALIGN = 64
 CHUNK_BYTES = 256 << 10  # memory taken while a digest is checked
@@ -76,22 +76,16 @@ class Geometry:
 def write_tensors(path: Path, geometries: Mapping[str, Geometry], give: Callable[[str], torch.Tensor]) -> str:
     """Write the file, whole or not at all; its SHA-256. `give` is asked for each tensor in turn. Raises DiskError, StoreError."""
     header = encode_header(list(_layout(geometries)), HEADER_ALIGN)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     digest = hashlib.sha256(header)
     try:
-        with open(temporary, "wb") as file:
+        with whole_file(path) as file:
             file.write(header)
             for name, geometry in geometries.items():
                 memory = memory_of(geometry.flat(give(name).detach()))
                 digest.update(memory)
                 file.write(memory)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
     except OSError as error:
         raise DiskError(f"can't write {path}: {error.strerror}", "free space, or give a folder that can be written") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return digest.hexdigest()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from mebp_compile.viz.dot import graph_dot, graph_svg
 from mebp_compile.viz.page import timeline_html
 from mebp_compile.viz.timeline import timeline_svg
 from mebp_compile.viz.trace import trace_json
+from mebp_compile.whole_file import write_whole
 
 Picture = Callable[[Graph, Plan], str]
 WRITERS: dict[str, Picture] = {".svg": graph_svg, ".dot": graph_dot, ".json": trace_json}
@@ -34,16 +34,8 @@ def write(path: str | Path, graph: Graph, plan: Plan, measured: Sequence[int] | 
         raise OptionError(
             f"no picture is written to a {path.suffix or 'nameless'} file ({path})", "end the name in .html, .svg, .dot or .json"
         )
-    _replace(path, text)
-    return path
-
-
-def _replace(path: Path, text: str) -> None:
-    """Whole or not at all: a temporary file beside it, then a rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, text)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise DiskError(f"can't write {path}: {error.strerror}", "give a file in a folder that exists and can be written") from error
+    return path
