@@ -63,9 +63,9 @@ def optimize(
     `step_fn` does forward, backward and update in any order; its modules and optimizers are found in its closure or named in `state`. It is
     captured at the first call, or now if `example` gives a batch. `weights` names a scheme for the frozen weights ("int4", "nf4", "int8"), or is
     a WeightStore that has them; `offload` is a folder on a disk for activations and state. `numerics` is the tier that
-    passes may use: "reassociate" allows the tiled loss. `solver` names a fixed schedule to compare with ("keep_all", "per_layer",
-    "recompute_all"). `progress` is told what is going on. With `Budget(..., scope="process")` the step is planned for a lean process:
-    `save` it, and run it with `load_lean` or `mebp run`.
+    passes may use: "reassociate" allows the tiled loss. `solver` names a fixed schedule to compare with ("keep_all", "per_layer", "mesp",
+    "recompute_all"). `progress` is told what is going on. With `Budget(..., scope="process")` the step is planned for a lean process: `save`
+    it, and run it with `load_lean` or `mebp run`.
     Raises BudgetError, OptionError, CaptureError, StoreError, and BudgetInfeasible with the smallest budget found.
     """
     if not callable(step_fn):
@@ -103,7 +103,7 @@ def build(
         graph = split_tables(graph, options.budget_bytes, tell)
     graph = stream_weights(graph, records)
     costs, graph = measure_costs(graph, options, records, tell)
-    own = own_bytes(options, graph, records)
+    own = own_bytes(options, graph, costs.kernel_bytes)
     problem = build_problem(graph, costs, left_for_step(options, own), options.offload_dir is not None)
     tell(f"solving for {len(graph.ops):,} ops on {len(graph.storages):,} storages")
     advice = ", ".join(filter(None, (saves, higher)))

@@ -29,6 +29,7 @@ from mebp_compile.measure.interference import measure_interference
 from mebp_compile.measure.ops import measure_ops
 from mebp_compile.measure.process import available_memory_bytes
 from mebp_compile.planning import Costs, OpCost
+from mebp_compile.whole_file import write_whole
 
 CALL_US = 2  # what Python needs to make any call
 ROW_US = 10  # one row of a table, read from disk and dequantised
@@ -60,24 +61,20 @@ def measure_costs(
         "latency_us": int(disk["latency"]),
         "interference": disk["interference"],
     }
-    return Costs(costs, measured=True, **speeds), replace(graph, ops=ops)
+    kernels = _kernel_bytes(results, wanted.values(), [[tile for tile, _ in requests.values()] for requests in loops.values()])
+    return Costs(costs, measured=True, kernel_bytes=kernels, **speeds), replace(graph, ops=ops)
 
 
-def kernel_bytes(graph: Graph, records: Mapping[str, Record]) -> int:
-    """What the ops of a graph leave behind in a process for good at their first call, as measured: the code that oneDNN compiles for each
-    distinct matmul, mostly. Of a Loop's tiles the choice that leaves most counts."""
-    known = CostTable().known
-    once: dict[str, int] = {}
-    for op in graph.ops:
-        request = _request(graph, op, dict(records))
-        tiles = [tile for tile, _ in loop_requests(graph, op).values()] if op.menu else []
-        largest = max(tiles, key=lambda tile: _once_bytes(known, tile), default=None)
-        once |= {_key(item): _once_bytes(known, item) for item in (request, largest) if item is not None}
-    return sum(once.values())
+def _kernel_bytes(results: Mapping[str, Json], requests: Iterable[Json | None], menus: Iterable[list[Json]]) -> int:
+    """What the ops leave behind in a process for good at their first call: the code that oneDNN compiles for each distinct matmul, mostly.
+    Of a Loop's tiles the choice that leaves most counts."""
 
+    def once_bytes(request: Json) -> int:
+        return int(results.get(_key(request), {}).get("once_bytes") or 0)
 
-def _once_bytes(known: Mapping[str, Json], request: Json) -> int:
-    return int(known.get(_key(request), {}).get("once_bytes") or 0)
+    largest = [max(tiles, key=once_bytes) for tiles in menus if tiles]
+    distinct = {_key(request): once_bytes(request) for request in (*requests, *largest) if request is not None}
+    return sum(distinct.values())
 
 
 # --- what is asked of the child ---
@@ -178,7 +175,7 @@ def _priced(
 def fingerprint() -> Json:
     """All that a measured time depends on."""
     model = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-    return {"cpu": model, "cores": os.cpu_count(), "torch": torch.__version__, "threads": torch.get_num_threads(), "kernels": _kernels(), "format": 4}
+    return {"cpu": model, "cores": os.cpu_count(), "torch": torch.__version__, "threads": torch.get_num_threads(), "kernels": _kernels(), "format": 5}
 
 
 def _kernels() -> list[bool]:
@@ -206,6 +203,26 @@ def _with_zeros(request: Any) -> Any:
     if isinstance(request, dict):
         return {key: "zeros" if key == "fill" and str(value).startswith("index:") else _with_zeros(value) for key, value in request.items()}
     return [_with_zeros(item) for item in request] if isinstance(request, list) else request
+
+
+def _disk_speeds(folder: Path) -> Json:
+    """Of the disk itself ("cold"), and where its files are in the page cache ("cached")."""
+    speed, share = measure_disk(folder), measure_interference(folder)
+    copying = min(1.0, speed.read_bytes_per_us / speed.cached_read_bytes_per_us)
+    return {
+        "cold": {
+            "read": speed.read_bytes_per_us,
+            "write": speed.write_bytes_per_us,
+            "latency": speed.latency_us,
+            "interference": share * copying,
+        },
+        "cached": {
+            "read": speed.cached_read_bytes_per_us,
+            "write": speed.cached_write_bytes_per_us,
+            "latency": speed.cached_latency_us,
+            "interference": share,
+        },
+    }
 
 
 class CostTable:
@@ -244,32 +261,20 @@ class CostTable:
         Where the system has memory to spare, files of a step stay in its page cache, and transfers run at the cache's speed. A transfer
         that waits for the disk copies no more bytes than one that does not, over a longer time.
         """
-        key = f"disk:{os.stat(folder).st_dev}" if folder.exists() else f"disk:{folder}"
-        key += ":cached" if available_memory_bytes() >= CACHE_BYTES else ""
+        speeds = self.remember(f"disk:{os.stat(folder).st_dev}" if folder.exists() else f"disk:{folder}", lambda: _disk_speeds(folder))
+        return speeds["cached" if available_memory_bytes() >= CACHE_BYTES else "cold"]  # type: ignore[no-any-return]
+
+    def remember(self, key: str, measure: Callable[[], Json]) -> Json:
+        """What `measure` gave when it was first asked for on this machine."""
         if key not in self.known:
-            speed, share = measure_disk(folder), measure_interference(folder)
-            copying = min(1.0, speed.read_bytes_per_us / speed.cached_read_bytes_per_us)
-            self.known[key.removesuffix(":cached")] = {
-                "read": speed.read_bytes_per_us,
-                "write": speed.write_bytes_per_us,
-                "latency": speed.latency_us,
-                "interference": share * copying,
-            }
-            self.known[key.removesuffix(":cached") + ":cached"] = {
-                "read": speed.cached_read_bytes_per_us,
-                "write": speed.cached_write_bytes_per_us,
-                "latency": speed.cached_latency_us,
-                "interference": share,
-            }
+            self.known[key] = measure()
             self._save()
         return self.known[key]
 
     def _save(self) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            part = self.path.with_suffix(f".{os.getpid()}.part")
-            part.write_text(json.dumps({"machine": fingerprint(), "results": self.known}))
-            part.replace(self.path)
+            write_whole(self.path, json.dumps({"machine": fingerprint(), "results": self.known}))
         except OSError as error:
             message = f"the cost table {self.path} can't be written: {error}"
             raise CacheError(message, "set MEBP_CACHE to a folder that can be written") from error

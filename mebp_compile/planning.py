@@ -39,13 +39,17 @@ class OpCost:
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs by op name, and the speed of the disk. `measured` is False where they are estimates."""
+    """Costs by op name, and the speed of the disk. `measured` is False where they are estimates.
+
+    kernel_bytes: what the ops leave behind for good in the process that runs them (compiled code of matmuls).
+    """
 
     ops: Mapping[str, OpCost]
     read_bytes_per_us: float = 1000.0
     write_bytes_per_us: float = 500.0
     latency_us: int = 100
     interference: float = 0.0
+    kernel_bytes: int = 0
     measured: bool = False
 
 

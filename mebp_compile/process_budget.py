@@ -9,18 +9,12 @@ Three parts, all measured or bounded before the first step:
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Mapping
-
 import torch
 
-from mebp_compile.config import Options, cache_dir, format_bytes
-from mebp_compile.cost import fingerprint, kernel_bytes
-from mebp_compile.errors import BudgetError, BudgetInfeasible, CacheError
+from mebp_compile.config import Options, format_bytes
+from mebp_compile.cost import CostTable
+from mebp_compile.errors import BudgetError, BudgetInfeasible
 from mebp_compile.graph import Graph
-from mebp_compile.lower.stream import Record
 from mebp_compile.measure.child import run_child
 
 PROGRAM_BYTES_PER_OP = 2048  # code, binding and cached views were 1,700 bytes an op for a step of 4,551 ops
@@ -30,23 +24,7 @@ RUNS = 3  # of the child; the largest counts
 
 def baseline_bytes() -> int:
     """RssAnon of a warmed lean process without a step, on this machine. Raises MeasureError, CacheError."""
-    facts = json.dumps({**fingerprint(), "format": 1}, sort_keys=True)
-    path = cache_dir() / f"process-{hashlib.sha256(facts.encode()).hexdigest()[:12]}.json"
-    try:
-        return int(json.loads(path.read_text())["baseline_bytes"])
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CacheError(f"the measured baseline {path} can't be read: {error}", "delete it, or set MEBP_CACHE to another folder") from error
-    measured = max(_measured() for _ in range(RUNS))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps({"baseline_bytes": measured}))
-        part.replace(path)
-    except OSError as error:
-        raise CacheError(f"the measured baseline {path} can't be written: {error}", "set MEBP_CACHE to a folder that can be written") from error
-    return measured
+    return int(CostTable().remember("process:1", lambda: {"baseline_bytes": max(_measured() for _ in range(RUNS))})["baseline_bytes"])
 
 
 def _measured() -> int:
@@ -65,11 +43,11 @@ def checked_baseline_bytes(budget_bytes: int) -> int:
     return found
 
 
-def own_bytes(options: Options, graph: Graph, records: Mapping[str, Record]) -> int:
+def own_bytes(options: Options, graph: Graph, kernel_bytes: int) -> int:
     """What the process that runs this graph's program holds besides what the plan counts; 0 where the budget is the step's own."""
     if options.scope == "step":
         return 0
-    return options.baseline_bytes + kernel_bytes(graph, records) + PROGRAM_BYTES_PER_OP * len(graph.ops) + HOLES_BYTES
+    return options.baseline_bytes + kernel_bytes + PROGRAM_BYTES_PER_OP * len(graph.ops) + HOLES_BYTES
 
 
 def left_for_step(options: Options, own: int) -> int:
