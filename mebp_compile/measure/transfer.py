@@ -15,14 +15,15 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 from mebp_compile.errors import DiskError, MeasureError, MebpError
 from mebp_compile.measure.memory import memory_of
 
-__all__ = ["DiskThread", "Ticket", "Transfer", "TransferClosed", "disk_error", "memory_of", "read_all", "write_all"]
+__all__ = ["DiskThread", "Ticket", "Transfer", "TransferClosed", "disk_error", "ending", "memory_of", "read_all", "settle", "write_all"]
 
 CHUNK_BYTES = 8 << 20
 QUEUE_LENGTH = 16
@@ -321,6 +322,27 @@ def _forget_frames(error: BaseException | None) -> None:
     while error is not None:
         error.__traceback__ = None
         error = error.__cause__ or error.__context__
+
+
+# ---- transfers under way, by name ----
+
+
+@contextlib.contextmanager
+def ending(pending: dict[str, Any], name: str) -> Iterator[None]:
+    """Around the wait for a transfer: it leaves `pending` once it is over, well or not; not where Ctrl-C ended the wait, for it goes on."""
+    try:
+        yield
+    except MebpError:
+        del pending[name]
+        raise
+    del pending[name]
+
+
+def settle(pending: Mapping[str, Any], wait: Callable[[str], None]) -> None:
+    """Let what is under way end, whatever becomes of it."""
+    for name in tuple(pending):
+        with contextlib.suppress(MebpError):
+            wait(name)
 
 
 # ---- whole transfers from partial system calls ----

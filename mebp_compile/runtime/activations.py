@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from mebp_compile.errors import DiskError, MebpError
 from mebp_compile.measure.disk import open_scratch, refuse_memory_disk
-from mebp_compile.measure.transfer import DiskThread, Ticket, memory_of, read_all
+from mebp_compile.measure.transfer import DiskThread, Ticket, ending, memory_of, read_all, settle
 
 if TYPE_CHECKING:
     import torch
@@ -94,14 +94,13 @@ class ActivationStore:
         ticket = self._pending.get(name)
         if ticket is None:
             raise DiskError(f"wait for {name}: no transfer of it is under way", ORDER_FIX)
-        try:
-            ticket.wait()
-        except MebpError:
-            del self._pending[name]
-            if ticket.kind == "write":
-                self._valid.discard(name)
-            raise
-        del self._pending[name]  # not where Ctrl-C ended the wait: the transfer goes on
+        with ending(self._pending, name):
+            try:
+                ticket.wait()
+            except MebpError:
+                if ticket.kind == "write":
+                    self._valid.discard(name)
+                raise
         if self._drop_cache and ticket.kind == "read":
             slot = self.slots[name]
             with contextlib.suppress(OSError):  # advice only
@@ -114,9 +113,7 @@ class ActivationStore:
 
     def settle(self) -> None:
         """Let pending transfers end, whatever becomes of them."""
-        for name in self.pending:
-            with contextlib.suppress(MebpError):
-                self.wait(name)
+        settle(self._pending, self.wait)
 
     def close(self) -> None:
         """Let pending transfers end, then give the file back. Raises the first of their errors. Closing twice is

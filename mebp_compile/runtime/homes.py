@@ -10,7 +10,6 @@ this is memory, not a checkpoint. Call `materialise` before the compiled step go
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ import torch
 from mebp_compile import torch_private
 from mebp_compile.capture import State
 from mebp_compile.errors import DiskError, MebpError
-from mebp_compile.measure.transfer import DiskThread
+from mebp_compile.measure.transfer import DiskThread, ending, settle
 from mebp_compile.runtime.activations import ActivationStore, Slot
 from mebp_compile.runtime.memory import memory_errors
 from mebp_compile.runtime.tables import Table, by_parent, parent_of
@@ -109,12 +108,8 @@ class HomeStore:
     def wait(self, name: str) -> None:
         """Complete the transfer of a storage; raises DiskError if it failed."""
         file, slot = self._pending[name]
-        try:
+        with ending(self._pending, name):
             file.wait(slot)
-        except MebpError:
-            del self._pending[name]
-            raise
-        del self._pending[name]  # not where Ctrl-C ended the wait: the transfer goes on
 
     def commit(self) -> None:
         """Everything written since the last commit becomes current, at once. No transfer may be under way."""
@@ -124,9 +119,7 @@ class HomeStore:
 
     def abandon(self) -> None:
         """Let transfers end and forget what was written since the last commit."""
-        for name in tuple(self._pending):
-            with contextlib.suppress(MebpError):
-                self.wait(name)
+        settle(self._pending, self.wait)
         self._fresh = {}
 
 
@@ -171,8 +164,7 @@ class Homes:
         away = frozenset(source for source in away if "#" not in source) | tables.keys()
         for source, parked in list(self._parked.items()):
             if found.get(source) is not parked.owner or parked.owner.device.type != "meta":
-                del self._parked[source]  # the user put another tensor there, which counts
-                self._tables.pop(source, None)
+                self._forget(source)  # the user put another tensor there, which counts
         for source, table in list(self._tables.items()):
             if tables.get(source) != table.blocks or table.held.keys() != held & set(table.blocks):
                 self._return(source)
@@ -198,7 +190,7 @@ class Homes:
                 self._return(source)
             except DiskError:
                 _unpark(parked, _zeros_like(parked.owner))
-                del self._parked[source]
+                self._forget(source)
 
     def load(self, source: str) -> torch.Tensor:
         """A copy of what lies on disk: the last committed generation."""
@@ -249,8 +241,12 @@ class Homes:
     def _return(self, source: str) -> None:
         """Read a tensor back into memory."""
         _unpark(self._parked[source], self.load(source))
-        self._tables.pop(source, None)
+        self._forget(source)
+
+    def _forget(self, source: str) -> None:
+        """It is in memory now."""
         del self._parked[source]
+        self._tables.pop(source, None)
 
     def release(self, source: str) -> None:
         """In a step: a tensor at home in memory leaves it for a while (its bytes are in the step's own scratch file)."""

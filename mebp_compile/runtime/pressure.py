@@ -88,5 +88,3 @@ class PressedEngine(Engine):
     def _look(self) -> None:
         if self.pressure is not None:
             self.pressure.look()
-
-

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Mapping
 
 import torch
 
-from mebp_compile.errors import MebpError
-from mebp_compile.measure.transfer import DiskThread, Ticket
+from mebp_compile.measure.transfer import DiskThread, Ticket, ending, settle
 from mebp_compile.quant import Packed, dequantise_rows
 from mebp_compile.quant.scheme import view_record
 from mebp_compile.quant.schemes import scheme_named
@@ -66,20 +64,13 @@ class WeightStream:
 
     def wait(self, name: str) -> None:
         ticket = self._pending.get(name)
-        if ticket is None:
-            return
-        try:
-            ticket.wait()
-        except MebpError:
-            del self._pending[name]
-            raise
-        del self._pending[name]  # not where Ctrl-C ended the wait: the transfer goes on
+        if ticket is not None:
+            with ending(self._pending, name):
+                ticket.wait()
 
     def settle(self) -> None:
         """After a failed step: let pending reads end, whatever becomes of them, and let go of a Loop's memory."""
-        for name in tuple(self._pending):
-            with contextlib.suppress(MebpError):
-                self.wait(name)
+        settle(self._pending, self.wait)
         self.end_tiles()
 
     def arrange(self) -> None:
