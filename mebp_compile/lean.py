@@ -277,5 +277,3 @@ def _open_store(saved: Saved) -> WeightStore | None:
         store.close()
         raise StoreError(f"the weight store {path} is not the one that the step was planned with", "restore it, or plan again")
     return store
-
-

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
 from mebp_compile.graph import Graph, LoopChoice, Op, Ref
 from mebp_compile.lower.loss_loop import TILED_LOSS
 from mebp_compile.lower.stream import MATMULS, tile_size
+from mebp_compile.lower.tables import itemsize
 
 COPY_BYTES_PER_US = 8000
 TRIP_US = 20  # what Python needs for one trip
@@ -42,14 +42,9 @@ def _weight(graph: Graph, op: Op) -> tuple[int, int, int]:
     """(inner size, number of columns or rows that are cut into tiles, bytes of an element) of the weight of a Loop."""
     if op.target == TILED_LOSS:
         width, inner = graph.value[op.args[1].name].shape
-        return inner, width, _itemsize(graph, op.args[1].name)
+        return inner, width, itemsize(graph.value[op.args[1].name].dtype)
     _, inner, width = _matmul_shape(graph, op)
-    return inner, width, _itemsize(graph, op.outputs[0] or "")
-
-
-def _itemsize(graph: Graph, name: str) -> int:
-    """Of a tensor that fills its storage."""
-    return graph.storages[graph.storage_of(name)].size_bytes // math.prod(graph.value[name].shape)
+    return inner, width, itemsize(graph.value[op.outputs[0] or ""].dtype)
 
 
 def _loss_tile(graph: Graph, op: Op, trips: int) -> Json:

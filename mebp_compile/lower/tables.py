@@ -13,6 +13,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from mebp_compile.graph import Graph, Op, Ref, Storage, Value, inputs_of, map_refs
 from mebp_compile.lower.loss_loop import TILED_LOSS
 from mebp_compile.lower.naming import Namer
@@ -69,9 +71,14 @@ def _trained_tables(graph: Graph) -> list[Value]:
     return [value for value in found if graph.storages[value.storage].role == "parameter" and len(value.shape) == 2]
 
 
+def itemsize(dtype: str) -> int:
+    """Bytes of an element."""
+    return int(getattr(torch, dtype).itemsize)
+
+
 def _bounds(value: Value) -> list[tuple[int, int]]:
     """First row and number of rows of each block."""
-    rows, row_bytes = value.shape[0], value.shape[1] * 4 if value.dtype == "float32" else value.shape[1] * 2
+    rows, row_bytes = value.shape[0], value.shape[1] * itemsize(value.dtype)
     size = max(1, BLOCK_BYTES // (row_bytes * ROWS)) * ROWS
     return [(start, min(size, rows - start)) for start in range(0, rows, size)]
 
@@ -163,12 +170,11 @@ class _Split:
     def _cut(self, storage: int, whole: Value) -> list[Value]:
         """A storage and a value for each block."""
         old, columns = self.old.storages[storage], whole.shape[1]
-        itemsize = old.size_bytes // math.prod(whole.shape)
         result = []
         for start, rows in self.blocks:
             name = self.namer.unique(f"{whole.name}_rows_{start}")
             source = f"{old.source}#{start}:{start + rows}" if old.source else ""
-            self.storages.append(Storage(name, rows * columns * itemsize, old.role, source))
+            self.storages.append(Storage(name, rows * columns * itemsize(whole.dtype), old.role, source))
             self.values.append(Value(name, len(self.storages) - 1, whole.dtype, (rows, columns), (columns, 1)))
             result.append(self.values[-1])
         return result
@@ -226,7 +232,7 @@ class _Split:
         kinds = (row, row, row, row, (x.dtype, wide, (features, 1)), ("float32", wide, (features, 1)))
         for name, (dtype, shape, stride) in zip(SUMS, kinds, strict=True):
             label = self.namer.unique(f"{op.name}_{name}")
-            self.storages.append(Storage(label, math.prod(shape) * (4 if dtype == "float32" else 2), "activation"))
+            self.storages.append(Storage(label, math.prod(shape) * itemsize(dtype), "activation"))
             self.values.append(Value(label, len(self.storages) - 1, dtype, shape, stride))
         return self.values[-len(SUMS) :]
 
