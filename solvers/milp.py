@@ -20,13 +20,13 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from bisect import bisect_left
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from solvers.blocks import LONG_SHARE, Blocks, Builder, Item
 from solvers.bounds import always_live
+from solvers.closure_cuts import add_closures
 from solvers.decode import Decisions, Tables
 from solvers.linear import Expression, mathopt_sum, total
 from solvers.memory_rows import Memory
@@ -80,7 +80,7 @@ class Residency:
             self.add_retention(s)
         Memory(self).build()
         self.add_disk()
-        self.add_closures()
+        add_closures(self)
         self.model.minimize_linear_objective(mathopt_sum(self.cost))
 
     def binary(self) -> Variable:
@@ -221,57 +221,6 @@ class Residency:
             stay = self.stay[s, following]
             if not used and not isinstance(stay, float):
                 self.row(self.available(s, q).add(stay, -1.0), 0.0)
-
-    def add_closures(self) -> None:
-        """Cuts: what is needed after the border and not kept across it comes from its group, whose inputs are kept or come from theirs.
-
-        rho[g] <= sum r[g, q];  kept[i] + rho[maker(i)] + fetched[i] >= 1;  rho[g] <= kept[u] + rho[maker(u)] + fetched[u].
-        They lift the relaxation: it can't run half of every group.
-        """
-        border = next((k for k, op in enumerate(self.problem.ops) if op.phase == "backward"), -1)
-        ran: dict[int, Variable] = {}
-        for root, runs in self.runs_after(border).items():
-            ran[root] = self.model.add_variable(lb=0.0, ub=1.0)
-            self.row(total(runs).add(ran[root], -1.0), 0.0)
-        for s, item in self.blocks.items.items():
-            kept = self.across(s, border)
-            if any(q > border and not ways for q, ways in item.needs.items()) and kept is not None:
-                self.row(self.came(s, border, kept, ran), 1.0)
-        for root, rho in ran.items():
-            for s in self.blocks.groups[root].inputs:
-                kept = self.across(s, border)
-                if kept is not None:
-                    self.row(self.came(s, border, kept, ran).add(rho, -1.0), 0.0)
-
-    def runs_after(self, border: int) -> dict[int, list[Variable]]:
-        """For the groups before the border: their runs after it."""
-        runs: dict[int, list[Variable]] = {}
-        for (root, q), variable in self.rerun.items():
-            if root < border < q:
-                runs.setdefault(root, []).append(variable)
-        return runs
-
-    def across(self, s: int, border: int) -> Variable | float | None:
-        """The item is in memory at the border; None: it can't be, or must be."""
-        points = self.points[s]
-        k = bisect_left(points, border)
-        if k == len(points):
-            return self.home.get(s)
-        if k == 0 and s not in self.home:
-            return None
-        kept = self.stay[s, points[k]]
-        return None if isinstance(kept, float) or points[k] == border else kept
-
-    def came(self, s: int, border: int, kept: Variable | float, ran: dict[int, Variable]) -> Expression:
-        result = Expression().add(kept)
-        if self.maker.get(s, -1) in ran:
-            result.add(ran[self.maker[s]])
-        fetches = [self.fetch[s, q] for q in self.points[s] if q > border and (s, q) in self.fetch]
-        if s in self.spill and fetches:
-            result.add(self.spill[s])
-        else:
-            result.add(total(fetches))
-        return result
 
     def add_disk(self) -> None:
         """(C4) Transfers together take at most a share of the step."""

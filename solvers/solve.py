@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from solvers.bounds import lower_bound_us, roofline_us, working_set
+from solvers.bounds import roofline_us, working_set
 from solvers.check import Report, ScheduleError, replay
+from solvers.cut_bound import lower_bound_us
 from solvers.decode import Decisions, DecodeError, Tables
 from solvers.emit import emit, overlapped, synchronous
 from solvers.evict import Rates, State

@@ -1,4 +1,4 @@
-"""solvers.bounds: never above what a schedule takes."""
+"""solvers.cut_bound: never above what a schedule takes."""
 
 from dataclasses import replace
 
@@ -6,8 +6,9 @@ import pytest
 from brute_force import optimum_us
 from generators import layered, small, transformer
 
-from solvers.bounds import lower_bound_us, roofline_us
+from solvers.bounds import roofline_us
 from solvers.check import replay
+from solvers.cut_bound import lower_bound_us
 from solvers.problem import Problem
 from solvers.solve import Infeasible, smallest, solve
 

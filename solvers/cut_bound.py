@@ -1,0 +1,356 @@
+"""A lower bound of the time that holds for every schedule, whatever its order, recomputation and transfers.
+
+`lower_bound_us` looks at two moments of which every schedule has one: the start, and the first run of the *separator*, an op (the loss)
+that most others come before or after by their data. What is needed after it and isn't in memory then must be made or read again; with a
+price lambda for each byte kept, the least cost of that is a minimum cut, and the best lambda gives the bound (Lagrangian parametric cut).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from solvers.bounds import always_live, bytes_of, roofline_us
+from solvers.decode import Tables, Value
+from solvers.problem import Choice, Op, Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to meet a need: microseconds of compute and of the disk, delay of compute by the disk, bytes at the separator and at home."""
+
+    compute_us: float = 0.0
+    delay_us: float = 0.0
+    disk_us: float = 0.0
+    kept_bytes: int = 0
+    home_bytes: int = 0
+
+    def price(self, prices: Prices) -> float:
+        """(1 - mu) * (compute + delay) + mu * disk + lambda * kept + lambda_home * home: the step is at least as long as either stream."""
+        time_us = (1 - prices.disk) * (self.compute_us + self.delay_us) + prices.disk * self.disk_us
+        return time_us + prices.kept * self.kept_bytes + prices.home * self.home_bytes
+
+    def plus(self, other: Way) -> Way:
+        return Way(
+            self.compute_us + other.compute_us,
+            self.delay_us + other.delay_us,
+            self.disk_us + other.disk_us,
+            self.kept_bytes + other.kept_bytes,
+            self.home_bytes + other.home_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """Multipliers: of a byte in memory at the separator, of a byte at home, and the weight of the disk's time."""
+
+    kept: float = 0.0
+    home: float = 0.0
+    disk: float = 0.0
+
+
+NOTHING = Way()
+SCALE = 1000  # capacities are integers: rounding down keeps the bound a bound
+ENDLESS = 1 << 50
+ROUNDS = 40  # evaluations of the dual for each separator
+SEPARATORS = 4
+SPAN = (12, 60)  # ops before and after the border of forward and backward
+CLOSE = 1e-5
+
+
+@dataclass(slots=True)
+class Needs:
+    """What follows from one separator. arcs: (tail, head, ways; the cheapest is the capacity, none: endless). Node 0 is the source, 1 the
+    sink. choices: (penalty, bytes free at the separator) for each of its ways that fits. loose: needs met on their own."""
+
+    arcs: list[tuple[int, int, tuple[Way, ...]]] = field(default_factory=list)
+    loose: list[tuple[Way, ...]] = field(default_factory=list)
+    choices: list[tuple[int, int]] = field(default_factory=list)
+    nodes: dict[tuple[str, int, int], int] = field(default_factory=dict)
+
+    def node(self, kind: str, a: int, b: int = 0) -> tuple[int, bool]:
+        """The number of a node, and whether it is new."""
+        key = (kind, a, b)
+        fresh = key not in self.nodes
+        return self.nodes.setdefault(key, len(self.nodes) + 2), fresh
+
+
+class _Bound:
+    """Everything about a problem that the bound needs."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.tables = problem, Tables(problem)
+        self.pinned = always_live(problem)
+        self.base_bytes = problem.constant_bytes + sum(problem.storages[s].size_bytes for s in self.pinned)
+        self.ways = [self.fitting(op) for op in problem.ops]
+        self.least_us = [min((op.choices[k].time_us for k in ks), default=0) for op, ks in zip(problem.ops, self.ways, strict=True)]
+        self.base_us = sum(t for t, op in zip(self.least_us, problem.ops, strict=True) if not op.optional)
+        self.ancestors = self.find_ancestors()
+
+    def fitting(self, op: Op) -> list[int]:
+        """Choices that fit the budget alone."""
+        room = self.problem.budget_bytes - self.base_bytes
+        return [k for k, choice in enumerate(op.choices) if self.alone(op, choice) <= room]
+
+    def alone(self, op: Op, choice: Choice) -> int:
+        return bytes_of(self.problem, {*choice.reads, *op.writes, *op.creates} - self.pinned) + choice.workspace_bytes
+
+    def is_optional(self, storage: int) -> bool:
+        maker = self.tables.created_by[storage]
+        return maker >= 0 and self.problem.ops[maker].optional
+
+    def forced(self, op: int) -> list[Value]:
+        """Values that every way of the op needs, products of optional ops aside."""
+        lists = [self.tables.needs(op, k) for k in self.ways[op]] or [self.tables.needs(op, 0)]
+        return [v for v in dict.fromkeys(lists[0]) if not self.is_optional(v[0]) and all(v in other for other in lists[1:])]
+
+    def wished(self, op: int) -> dict[int, float]:
+        """Products of optional ops -> what the op's cheapest way without it costs more (inf: there is none)."""
+        choices = self.problem.ops[op].choices
+        result = {}
+        for s in dict.fromkeys(s for k in self.ways[op] for s in choices[k].reads if self.is_optional(s)):
+            others = [choices[k].time_us for k in self.ways[op] if s not in choices[k].reads]
+            more = min(others, default=math.inf) - self.least_us[op]
+            if more > 0:
+                result[s] = more
+        return result
+
+    def sources(self, op: int) -> set[int]:
+        """Persistent storages that every way of the op needs, be it through an optional op."""
+        sets = []
+        for k in self.ways[op]:
+            reads = {*self.problem.ops[op].choices[k].reads, *self.problem.ops[op].writes}
+            for s in tuple(reads):
+                if self.is_optional(s):
+                    maker = self.tables.created_by[s]
+                    reads |= set.intersection(*(set(c.reads) for c in self.problem.ops[maker].choices))
+            sets.append({s for s in reads if self.problem.storages[s].persistent})
+        return set.intersection(*sets) if sets else set()
+
+    def find_ancestors(self) -> list[int]:
+        """For every op its ancestors by data (bit k: op k)."""
+        result: list[int] = []
+        for op in range(len(self.problem.ops)):
+            bits = 0
+            for value in self.forced(op):
+                producer = self.tables.producer.get(value, -1)
+                if producer >= 0:
+                    bits |= result[producer] | 1 << producer
+            result.append(bits)
+        return result
+
+    def separators(self) -> list[int]:
+        """Ops near the border of forward and backward: those that need most bytes alone. In a small problem any op."""
+        count, ops = len(self.problem.ops), self.problem.ops
+        border = next((k for k, op in enumerate(ops) if op.phase == "backward"), count // 2)
+        low, high = (border - SPAN[0], border + SPAN[1]) if count > SPAN[1] else (0, count)
+        near = [op for op in range(max(0, low), min(high, count)) if not ops[op].optional and self.ancestors[op]]
+        least = {op: min(self.alone(ops[op], ops[op].choices[k]) for k in self.ways[op]) for op in near}
+        return sorted(near, key=lambda op: (-least[op], op))[:SEPARATORS]
+
+    def needs(self, separator: int) -> Needs:
+        """The graph of what is needed after the separator."""
+        result = Needs()
+        op = self.problem.ops[separator]
+        least = self.least_us[separator]
+        held: set[int] = set.intersection(*({*op.choices[k].reads, *op.writes} for k in self.ways[separator]))
+        for k in self.ways[separator]:
+            room = self.problem.budget_bytes - self.base_bytes - self.alone(op, op.choices[k]) + bytes_of(self.problem, held - self.pinned)
+            result.choices.append((op.choices[k].time_us - least, room))
+        before = {k for k in range(len(self.problem.ops)) if self.ancestors[separator] >> k & 1}
+        early = {s for k in (*before, separator) for s in self.sources(k)}
+        graph = _Graph(self, result, before, early, held)
+        for k, bits in enumerate(self.ancestors):
+            if bits >> separator & 1 and not self.problem.ops[k].optional:
+                graph.require(0, k)
+        self.at_home(result, early)
+        self.made_early(result, before)
+        return result
+
+    def at_home(self, needs: Needs, early: set[int]) -> None:
+        """What is used before the separator is at home in memory, or it is read before (and written home where the step changes it).
+
+        Its node is on the sink's side where its home is memory."""
+        for s in sorted(early - self.pinned):
+            if self.tables.may_leave[s]:
+                home, _ = needs.node("home", s)
+                needs.arcs.append((0, home, (Way(home_bytes=self.tables.size[s]),)))
+                needs.arcs.append((home, 1, (self.read(s, s in self.tables.written),)))
+
+    def made_early(self, needs: Needs, before: set[int]) -> None:
+        """Optional ops that run before the separator, or the slower ways of the ops that wish for them."""
+        more: dict[int, float] = {}
+        for k in before:
+            wished = self.wished(k)
+            if len(wished) == 1:
+                for s, penalty in wished.items():
+                    more[self.tables.created_by[s]] = more.get(self.tables.created_by[s], 0.0) + penalty
+        for maker, penalty in sorted(more.items()):
+            needs.loose.append((Way(compute_us=min(penalty, self.least_us[maker])),))
+
+    def read(self, s: int, write_too: bool) -> Way:
+        """A read from disk, and a write where that comes with it."""
+        us = [self.tables.read_us[s], self.tables.write_us[s] if write_too else 0]
+        return Way(delay_us=sum(math.floor(self.problem.interference * t) for t in us), disk_us=sum(us))
+
+    def write(self, s: int) -> Way:
+        us = self.tables.write_us[s]
+        return Way(delay_us=math.floor(self.problem.interference * us), disk_us=us)
+
+
+class _Graph:
+    """Builds the graph of one separator. before: its ancestors. early: persistent storages used by them. held: in memory anyway."""
+
+    def __init__(self, bound: _Bound, needs: Needs, before: set[int], early: set[int], held: set[int]) -> None:
+        self.bound, self.needs_, self.before, self.early, self.held = bound, needs, before, early, held
+        self.stack: list[tuple[int, int]] = []
+
+    def require(self, tail: int, op: int) -> None:
+        """The tail needs what op reads; then all that follows from it."""
+        self.stack.append((tail, op))
+        while self.stack:
+            tail, op = self.stack.pop()
+            for value in self.bound.forced(op):
+                self.value(tail, value, ())
+            wished = self.bound.wished(op)
+            if len(wished) == 1:
+                for s, penalty in wished.items():
+                    self.value(tail, (s, 1), (Way(compute_us=penalty),) if penalty < math.inf else ())
+
+    def value(self, tail: int, value: Value, instead: tuple[Way, ...]) -> None:
+        """An arc from the tail to the value's node; instead: what costs less than it, perhaps."""
+        bound, (s, version) = self.bound, value
+        info, producer = bound.problem.storages[s], bound.tables.producer.get(value, -1)
+        made = producer in self.before or (producer >= 0 and bound.problem.ops[producer].optional)
+        if s in bound.pinned or s in self.held or not (made or (producer < 0 and info.movable)):
+            return
+        if producer >= 0 and (info.persistent or not made):
+            return
+        node, fresh = self.needs_.node("value", s, version)
+        self.needs_.arcs.append((tail, node, instead))
+        if fresh:
+            self.provide(node, value, producer)
+
+    def provide(self, node: int, value: Value, producer: int) -> None:
+        """Keep the value, read it, or run its producer again."""
+        bound, s = self.bound, value[0]
+        size = bound.tables.size[s]
+        if producer < 0 and s in self.early and bound.tables.may_leave[s]:
+            absent, _ = self.needs_.node("absent", s)
+            home, _ = self.needs_.node("home", s)
+            written = (bound.write(s),) if bound.tables.may_spill[s] else ()  # whose home is memory is on disk only if it is written there
+            self.needs_.arcs += [(node, absent, (Way(kept_bytes=size),)), (absent, 1, (bound.read(s, False),)), (absent, home, written)]
+            return
+        if producer < 0:
+            late = s not in self.early
+            kept = Way(kept_bytes=size, home_bytes=size if late else 0)
+            self.needs_.arcs.append((node, 1, (kept, bound.read(s, late and s in bound.tables.written))))
+            return
+        ways = [Way(kept_bytes=size)]
+        if bound.tables.may_spill[s]:
+            ways.append(bound.read(s, True))
+        again = bound.problem.ops[producer]
+        if not again.rerunnable and not again.optional:
+            self.needs_.arcs.append((node, 1, tuple(ways)))
+            return
+        run, fresh = self.needs_.node("run", producer)
+        self.needs_.arcs.append((node, run, tuple(ways)))
+        if fresh:
+            self.needs_.arcs.append((run, 1, (Way(compute_us=bound.least_us[producer]),)))
+            self.stack.append((run, producer))
+
+
+def _cheapest(ways: tuple[Way, ...], prices: Prices) -> Way:
+    return min(ways, key=lambda way: way.price(prices))
+
+
+def _meet(needs: Needs, prices: Prices) -> tuple[float, Way]:
+    """The least price of all needs, rounded down, and what attains it."""
+    import numpy as np
+    from ortools.graph.python import max_flow
+
+    total, cost = NOTHING, 0.0
+    for ways in needs.loose:
+        way = _cheapest(ways, prices)
+        total, cost = total.plus(way), cost + way.price(prices)
+    if not needs.arcs:
+        return cost, total
+    best = [_cheapest(ways, prices) if ways else None for _, _, ways in needs.arcs]
+    capacity = [ENDLESS if way is None else min(ENDLESS, int(SCALE * way.price(prices))) for way in best]
+    tails, heads = (np.array([arc[k] for arc in needs.arcs], dtype=np.int32) for k in (0, 1))
+    flow = max_flow.SimpleMaxFlow()
+    flow.add_arcs_with_capacity(tails, heads, np.array(capacity, dtype=np.int64))
+    if flow.solve(0, 1) != flow.OPTIMAL:
+        raise ArithmeticError("the maximum flow was not found")
+    side = set(flow.get_source_side_min_cut())
+    for (tail, head, _), taken in zip(needs.arcs, best, strict=True):
+        if taken is not None and tail in side and head not in side:
+            total = total.plus(taken)
+    return cost + flow.optimal_flow() / SCALE, total
+
+
+def _home_room(bound: _Bound) -> int:
+    return bound.problem.budget_bytes - bound.base_bytes
+
+
+def _next_prices(bound: _Bound, planes: list[Way], penalty: int, room: int, most: float) -> tuple[Prices, float]:
+    """Where the planes seen so far allow the highest bound (Kelley's cutting planes)."""
+    from ortools.math_opt.python import mathopt
+
+    model = mathopt.Model()
+    unit = 1e6  # bytes
+    kept, home = (model.add_variable(lb=0.0, ub=most * unit) for _ in range(2))
+    disk = model.add_variable(lb=0.0, ub=0.95)
+    top = model.add_variable(ub=1e15)
+    for way in planes:
+        time_us = bound.base_us + penalty + way.compute_us + way.delay_us
+        slope = kept * ((way.kept_bytes - room) / unit) + home * ((way.home_bytes - _home_room(bound)) / unit)
+        model.add_linear_constraint(top <= time_us + slope + disk * (way.disk_us - time_us))
+    model.maximize(top)
+    result = mathopt.solve(model, mathopt.SolverType.HIGHS)
+    if not result.has_primal_feasible_solution():
+        return Prices(), -math.inf
+    x = result.variable_values()
+    return Prices(max(0.0, x[kept]) / unit, max(0.0, x[home]) / unit, min(1.0, max(0.0, x[disk]))), float(x[top])
+
+
+def _maximise(bound: _Bound, needs: Needs, penalty: int, room: int, planes: list[Way]) -> float:
+    """The best bound of one separator, run in one of its ways."""
+    best = float(bound.base_us + penalty)
+    most = 10.0 * (bound.base_us + 1) / 1e4  # us per byte, far above any that pays
+    for _ in range(ROUNDS):
+        prices, top = _next_prices(bound, planes, penalty, room, most) if planes else (Prices(), math.inf)
+        if top <= best * (1 + CLOSE):
+            break
+        cost, plane = _meet(needs, prices)
+        value = (1 - prices.disk) * (bound.base_us + penalty) + cost - prices.kept * room - prices.home * _home_room(bound)
+        best = max(best, value)
+        planes.append(plane)
+    return best
+
+
+def lower_bound_us(problem: Problem) -> int:
+    """No schedule within the budget is faster, in any order, with any recomputes and transfers. Falls back on the roofline without
+    ortools."""
+    try:
+        import ortools.graph.python.max_flow  # noqa: F401
+    except ImportError:
+        return roofline_us(problem)
+    bound = _Bound(problem)
+    if any(not ways for ways, op in zip(bound.ways, problem.ops, strict=True) if not op.optional):
+        return roofline_us(problem)
+    best = roofline_us(problem)
+    for separator in bound.separators():
+        best = max(best, _bound_of(bound, bound.needs(separator), best))
+    return best
+
+
+def _bound_of(bound: _Bound, needs: Needs, known_us: int) -> int:
+    """The bound of one separator: the least over its ways, which end early where that can't exceed what is known."""
+    planes, least = list[Way](), math.inf
+    for penalty, room in sorted(needs.choices):
+        if bound.base_us + penalty < least:
+            least = min(least, _maximise(bound, needs, penalty, room, planes))
+        if least <= known_us:
+            break
+    return math.floor(least) if least < math.inf else 0
