@@ -28,7 +28,7 @@ from mebp_compile.progress import Progress
 
 PEERS = (
     "eager", "checkpointing", "compile:0", "compile:0.25", "compile:0.5", "compile:0.75", "compile:1", "remat_by_tags", "schedule:per_layer",
-    "schedule:mesp", "mezo", "bnb",
+    "schedule:mesp", "mezo", "bnb", "matmul",
 )  # fmt: skip
 
 if TYPE_CHECKING:

@@ -90,7 +90,7 @@ def build_model(settings: Settings, progress: Progress | None = None) -> tuple[n
     return model, store
 
 
-def _config(settings: Settings) -> Any:
+def config_of(settings: Settings) -> Any:
     """The transformers config of a named configuration or a checkpoint folder."""
     import transformers
 
@@ -107,7 +107,7 @@ def _config(settings: Settings) -> Any:
 def _in_memory(settings: Settings) -> Any:
     import transformers
 
-    config, dtype = _config(settings), DTYPES[settings.dtype]
+    config, dtype = config_of(settings), DTYPES[settings.dtype]
     if settings.model in CONFIGS:
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     return transformers.AutoModelForCausalLM.from_pretrained(settings.model, config=config, dtype=dtype, local_files_only=True)
@@ -118,7 +118,7 @@ def _on_meta(settings: Settings) -> Any:
     import transformers
 
     with _parameters_on_meta():
-        return transformers.AutoModelForCausalLM.from_config(_config(settings), dtype=DTYPES[settings.dtype])  # type: ignore[no-untyped-call]
+        return transformers.AutoModelForCausalLM.from_config(config_of(settings), dtype=DTYPES[settings.dtype])  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager

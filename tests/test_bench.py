@@ -83,7 +83,8 @@ def test_the_command_writes_table_verdicts_and_picture(text: Path, disk_folder: 
     """One contestant of each kind that is cheap here, and one that can't run."""
     arguments = ["--weights", "int4", "--optimizer", "sgd", "--sequence", "32", "--effort", "fast", "--offload", str(disk_folder), "--quiet"]
     peers = ["checkpointing", "schedule:per_layer", "schedule:mesp", "mezo", "compile:2"]
-    rows = ["--budgets", "1MB", "--peers", ",".join(peers), "--rounds", "1", "--data", str(text)]
+    others = [*peers, "matmul"]
+    rows = ["--budgets", "1MB", "--peers", ",".join(others), "--rounds", "1", "--data", str(text)]
     assert main(["bench", "--model", "tiny-qwen2", *arguments, *rows, "--store", str(disk_folder / "store"), "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     for name in ("ours, 1MB", *peers[:-1]):
@@ -94,8 +95,11 @@ def test_the_command_writes_table_verdicts_and_picture(text: Path, disk_folder: 
     assert (tmp_path / "out" / "bench.txt").read_text() in printed
     assert (tmp_path / "out" / "bench.svg").read_text().count("<circle") == 5
     saved = json.loads((tmp_path / "out" / "bench.json").read_text())
-    assert [row["name"] for row in saved] == ["ours, 1MB", *peers]
-    assert all(row["peak_bytes"] > 0 and row["median_s"] == row["seconds"][0] for row in saved[:-1])
+    assert [row["name"] for row in saved] == ["ours, 1MB", *others]
+    assert saved[-1]["flops"] == 24 * 4 * 32 * 64 * 128
+    assert "matrix products run at" in printed
+    assert "ours against matmul" not in printed
+    assert all(row["peak_bytes"] > 0 and row["median_s"] == row["seconds"][0] for row in saved[:-2])
 
 
 def test_torch_recomputes_by_tags(text: Path) -> None:
@@ -135,7 +139,7 @@ def test_every_default_peer_is_known() -> None:
     """The peers that the command runs by default are contestants, and its schedules are the solver's names."""
     for kind in DEFAULT_PEERS:
         name, _, detail = kind.partition(":")
-        assert name in PEERS or (name == "schedule" and detail in SOLVERS), kind
+        assert name in (*PEERS, "matmul") or (name == "schedule" and detail in SOLVERS), kind
 
 
 def test_bitsandbytes_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

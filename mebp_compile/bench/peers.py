@@ -21,12 +21,14 @@ from mebp_compile.bench.torch_private import allocated_peak
 from mebp_compile.capture import State, find_state
 from mebp_compile.compare import live_tensors
 from mebp_compile.errors import BudgetInfeasible, OptionError
+from mebp_compile.flops import step_flops
 from mebp_compile.measure.meter import StorageMeter
 from mebp_compile.progress import Progress
 from mebp_compile.runtime.bind import bind_weights, dense_weights
 from mebp_compile.runtime.metering import ProcessReading, meter_call, meter_process, meter_storages, storage_bytes
 
 MEZO_EPSILON = 1e-3
+PRODUCTS = 24  # pairs of products of a step of "matmul"
 ROOM = 1.03  # over the peak of a fixed schedule, for what placing it adds
 Json = dict[str, Any]
 Batch = tuple[torch.Tensor, ...]
@@ -55,10 +57,13 @@ class Dense:
 
 
 def prepare(kind: str, settings: finetune.Settings) -> Runner:
-    """`kind`: "ours"; "schedule:NAME", a fixed schedule run by our engine; or a name of PEERS, with what it takes after a colon."""
+    """`kind`: "ours"; "schedule:NAME", a fixed schedule run by our engine; "matmul", the machine's rate; or a name of PEERS, with what it takes
+    after a colon."""
     name, _, detail = kind.partition(":")
     if name in ("ours", "schedule"):
         return _compiled(settings, detail or None)
+    if name == "matmul":
+        return _matmul(settings)
     if name not in PEERS:
         raise OptionError(f"no contestant is called {kind!r}", f"use ours, schedule:per_layer, schedule:mesp, or one of {', '.join(PEERS)}")
     if name == "bnb":
@@ -156,7 +161,7 @@ def _compiled(settings: finetune.Settings, solver: str | None) -> Runner:
         lambda batch: float(compiled(*batch).item()),
         lambda batch: meter_storages(compiled.prepare(*batch), list(batch)).peak_bytes,
         lambda batch: _bytes(meter_process(compiled.prepare(*batch), list(batch))),
-        {"predicted_us": compiled.plan.time_us, "predicted_bytes": compiled.plan.peak_bytes},
+        {"predicted_us": compiled.plan.time_us, "predicted_bytes": compiled.plan.peak_bytes, "flops": step_flops(compiled.graph)},
     )
 
 
@@ -167,6 +172,23 @@ def _at_its_own_peak(step_fn: Callable[..., Any], settings: finetune.Settings, s
     except BudgetInfeasible as refusal:
         return replace(settings, budget=str(int(refusal.smallest_bytes * ROOM)), solver=solver)
     raise AssertionError("a budget of one byte was accepted")
+
+
+# --- the machine ---
+
+
+def _matmul(settings: finetune.Settings) -> Runner:
+    """No training: the model's largest matrix products, its MLP's, again and again, as a measure of what this machine can do."""
+    config, dtype = finetune.config_of(settings), finetune.DTYPES[settings.dtype]
+    tokens, hidden, inner = settings.batch * settings.sequence, config.hidden_size, config.intermediate_size
+    x, up, down = (torch.randn(shape, dtype=dtype) for shape in ((tokens, hidden), (hidden, inner), (inner, hidden)))
+
+    def step(_: Batch) -> float:
+        for _ in range(PRODUCTS):
+            torch.mm(torch.mm(x, up), down)
+        return 0.0
+
+    return Runner(step, lambda _: 0, lambda _: {}, {"flops": PRODUCTS * 4 * tokens * hidden * inner})
 
 
 # --- MeZO ---

@@ -36,7 +36,8 @@ class Contestant:
 
 @dataclass
 class Result:
-    """What was measured. Bytes above the process without the model; seconds of each timed step; error: why it could not run."""
+    """What was measured. Bytes above the process without the model; seconds of each timed step; flops: of its matrix products, each counted
+    once; error: why it could not run."""
 
     name: str
     kind: str
@@ -49,6 +50,7 @@ class Result:
     resident_bytes: int = 0
     predicted_bytes: int = 0
     predicted_us: int = 0
+    flops: int = 0
     error: str = ""
 
     @property
@@ -98,7 +100,7 @@ def _take(result: Result, answer: Json) -> None:
         result.error = result.error or str(answer["error"])
     if "loss" in answer:
         result.losses.append(answer["loss"])
-    for key in ("tensor_bytes", "malloc_bytes", "anon_bytes", "resident_bytes", "predicted_bytes", "predicted_us"):
+    for key in ("tensor_bytes", "malloc_bytes", "anon_bytes", "resident_bytes", "predicted_bytes", "predicted_us", "flops"):
         if answer.get(key) is not None:
             setattr(result, key, answer[key])
 

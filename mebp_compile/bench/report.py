@@ -12,11 +12,12 @@ from mebp_compile.bench.plot import write_plot
 from mebp_compile.bench.race import Result
 
 MB = 10**6
+RATE = "matmul"  # the contestant that is no training
 
 
 def report(results: Sequence[Result], reference: str = "eager") -> str:
     """The table and a verdict on each peer, as text."""
-    return "\n".join([table(results, reference), "", *verdicts(results)])
+    return "\n".join([table(results, reference), "", *verdicts(results), *shares(results, reference)])
 
 
 def write_report(results: Sequence[Result], folder: Path) -> list[Path]:
@@ -69,7 +70,7 @@ def verdicts(results: Sequence[Result]) -> list[str]:
     """A line per peer: whether a point of ours is below and left of it, that is, needs no more memory (malloc's peak) and no more time
     (median of the ratios of the steps of one round)."""
     ours = [result for result in results if result.kind == "ours" and result.seconds and not result.error]
-    return [f"ours against {result.name}: {_verdict(result, ours)}" for result in results if result.kind != "ours"]
+    return [f"ours against {result.name}: {_verdict(result, ours)}" for result in results if result.kind not in ("ours", RATE)]
 
 
 def _verdict(peer: Result, ours: Sequence[Result]) -> str:
@@ -88,6 +89,19 @@ def _verdict(peer: Result, ours: Sequence[Result]) -> str:
     least = min(better, key=_bytes)
     named = [_against(least, peer)] if least is fastest else [_against(least, peer), _against(fastest, peer)]
     return f"below and left of its {size}: {' and '.join(named)}"
+
+
+def shares(results: Sequence[Result], reference: str = "eager") -> list[str]:
+    """A line: the rate of this machine's matrix products, and the share of it that our fastest row and the reference reach, with what the step
+    asks for counted (no recompute)."""
+    rate = next((result for result in results if result.kind == RATE and result.seconds), None)
+    ours = [result for result in results if result.kind == "ours" and result.seconds and result.flops]
+    if rate is None or not ours:
+        return []
+    best = min(ours, key=lambda our: our.median_s)
+    rows = [best, *(result for result in results if result.kind == reference and result.seconds)]
+    reached = [f"{row.name} {best.flops / rate.flops / paired_ratio(row, rate):.0%}" for row in rows]
+    return [f"matrix products run at {rate.flops / rate.median_s / 1e9:,.0f} GFLOP/s, of which reach: {', '.join(reached)}"]
 
 
 def paired_ratio(our: Result, peer: Result) -> float:
