@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from chains import WIDTH, adamw, chain, channels_last, momentum, sgd
 from law1 import assert_same, bits, describe, estimated_costs
 from models import Recipe, Training
-from torch import nn
 
 import mebp_compile
 from mebp_compile import Budget, compiler, process_budget
@@ -26,7 +26,6 @@ from mebp_compile.lean import LeanStep, load_lean
 from mebp_compile.lean_process import try_out
 from mebp_compile.runtime.state import LiveState
 
-WIDTH = 64
 BASELINE_BYTES = 155_000_000  # what a lean process held where this was written; tests that need a true one measure it
 COMPARED = ("parameter", "optimizer", "buffer", "gradient")
 HEAVY = ("transformers", "peft", "ortools", "networkx", "sympy", "solvers", "models", "torch._dynamo", "torch._inductor")
@@ -40,52 +39,11 @@ def estimates() -> Iterator[None]:
         yield
 
 
-def small(optimizer: Callable[[Any], torch.optim.Optimizer], dropout: float = 0.0, layers: int = 4) -> Training:
-    """Linear layers of which each parameter is large enough to lie on disk."""
-    torch.manual_seed(0)
-    parts = (part for _ in range(layers) for part in (nn.Linear(WIDTH, WIDTH, bias=False), nn.Tanh(), nn.Dropout(dropout)))
-    model = nn.Sequential(*parts)
-    own = optimizer(model.parameters())
-
-    def step(x: torch.Tensor) -> torch.Tensor:
-        loss = model(x).square().mean()
-        loss.backward()
-        own.step()
-        own.zero_grad()
-        return loss
-
-    return Training([model], [own], step, lambda call: (torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(call)),))
-
-
-def adamw(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-2, foreach=False)
-
-
-def momentum(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
-
-
 def saved(training: Training, folder: Path, offload: Path | None = None, budget: int | str = "1GB", **options: Any) -> CompiledStep:
     """The compiled step, saved before its first call."""
     compiled = optimize(training.step, budget, offload=offload, effort="fast", cache=False, example=training.batch(0), **options)
     compiled.save(folder)
     return compiled
-
-
-def channels_last() -> Training:
-    """Convolutions whose weights lie in another order than their shape."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.Tanh(), nn.Conv2d(16, 8, 3)).to(memory_format=torch.channels_last)
-    own = adamw(model.parameters())
-
-    def step(x: torch.Tensor) -> torch.Tensor:
-        loss = model(x).square().mean()
-        loss.backward()
-        own.step()
-        own.zero_grad()
-        return loss
-
-    return Training([model], [own], step, lambda call: (torch.randn(2, 8, 12, 12, generator=torch.Generator().manual_seed(call)),))
 
 
 def least(training: Training, offload: Path) -> int:
@@ -124,10 +82,10 @@ def run_all(own: Training, other: Training | None, compiled: CompiledStep | None
 @pytest.mark.parametrize(
     ("make", "share"),
     [
-        (lambda: small(adamw), 1.0),
-        (lambda: small(adamw), 1.4),
-        (lambda: small(adamw, dropout=0.2), 1.2),
-        (lambda: small(lambda parameters: torch.optim.SGD(parameters, lr=0.1)), 1.0),
+        (lambda: chain(adamw), 1.0),
+        (lambda: chain(adamw), 1.4),
+        (lambda: chain(adamw, dropout=0.2), 1.2),
+        (lambda: chain(sgd), 1.0),
         (Recipe(lora="float32").build, 1.1),
         (Recipe(family="gpt2", dropout=0.1, mask=None, returns="dict").build, 1.3),
         (Recipe(zero="first", mask="padded").build, 1.3),
@@ -168,10 +126,10 @@ def test_streamed_weights_are_those_of_the_store(disk_folder: Path) -> None:
 
 def test_a_step_saved_in_mid_training_goes_on(disk_folder: Path) -> None:
     """Momentum that the first call made is in a step saved after it; what lies on disk then is saved too."""
-    own, other = small(momentum), small(momentum)
+    own, other = chain(momentum), chain(momentum)
     for training in (own, other):
         training.step(*training.batch(0))
-    compiled = optimize(other.step, least(small(momentum), disk_folder) * 2, offload=disk_folder, effort="fast", cache=False)
+    compiled = optimize(other.step, least(chain(momentum), disk_folder) * 2, offload=disk_folder, effort="fast", cache=False)
     own.step(*own.batch(1))
     compiled(*other.batch(1))
     compiled.save(disk_folder / "step")
@@ -180,7 +138,7 @@ def test_a_step_saved_in_mid_training_goes_on(disk_folder: Path) -> None:
 
 def test_learning_rates_stay_live(disk_folder: Path) -> None:
     """A changed param group changes the next step as it does eagerly; one that a guard relies on asks for another plan."""
-    own, other = small(adamw), small(adamw)
+    own, other = chain(adamw), chain(adamw)
     saved(other, disk_folder / "step")
     lean = load_lean(disk_folder / "step")
     for number in (0.05, 0.003):
@@ -194,7 +152,7 @@ def test_learning_rates_stay_live(disk_folder: Path) -> None:
 
 def test_an_edited_program_is_compiled_again(disk_folder: Path) -> None:
     """program.pyc counts only for the very text beside it: an edited program runs, a broken one is a typed error."""
-    own = small(adamw)
+    own = chain(adamw)
     saved(own, disk_folder / "step")
     program = disk_folder / "step" / "program.py"
     text = program.read_text()
@@ -252,8 +210,8 @@ def test_nothing_of_the_planner_is_imported(disk_folder: Path) -> None:
 
 def test_saved_state_goes_on_bit_for_bit(disk_folder: Path) -> None:
     """A step loaded with a state that was saved in mid-training, param groups and generator included, does what the first one does."""
-    own = small(adamw, dropout=0.3)
-    saved(own, disk_folder / "step", disk_folder, 2 * least(small(adamw, dropout=0.3), disk_folder))
+    own = chain(adamw, dropout=0.3)
+    saved(own, disk_folder / "step", disk_folder, 2 * least(chain(adamw, dropout=0.3), disk_folder))
     first = load_lean(disk_folder / "step")
     first(*own.batch(0))
     next(iter(first.optimizers.values())).param_groups[0]["lr"] = 0.07
@@ -271,8 +229,8 @@ def test_trained_parameters_are_a_file_for_other_readers(disk_folder: Path) -> N
     """parameters.safetensors has each trained parameter under its name, as the safetensors library reads it."""
     from safetensors.torch import load_file
 
-    own = small(adamw)
-    saved(small(adamw), disk_folder / "step")
+    own = chain(adamw)
+    saved(chain(adamw), disk_folder / "step")
     lean = load_lean(disk_folder / "step")
     run_all(own, None, None, lean, range(2))
     trained = load_file(lean.save_state(disk_folder / "trained") / "parameters.safetensors")
@@ -307,7 +265,7 @@ def test_adapters_are_saved_as_peft_saves_them(disk_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: small(momentum), "makes state"),
+        (lambda: chain(momentum), "makes state"),
         (Recipe(returns="output").build, "class of a library"),
     ],
     ids=["first-call", "library-class"],
@@ -334,7 +292,7 @@ def test_folders_that_are_no_saved_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json", "program.py"])
 def test_damage_is_found(name: str, disk_folder: Path) -> None:
     """A changed or missing file of the state, or no program, is a StoreError or LeanError, never a wrong number."""
-    saved(small(adamw), disk_folder / "step")
+    saved(chain(adamw), disk_folder / "step")
     file = disk_folder / "step" / name
     raw = bytearray(file.read_bytes())
     raw[-3] ^= 1
@@ -349,7 +307,7 @@ def test_damage_is_found(name: str, disk_folder: Path) -> None:
 
 def test_another_batch_or_torch_is_refused(disk_folder: Path) -> None:
     """A batch of another shape, and a step planned with another torch or other settings, give a LeanError that names both sides."""
-    saved(small(adamw), disk_folder / "step")
+    saved(chain(adamw), disk_folder / "step")
     lean = load_lean(disk_folder / "step")
     with pytest.raises(LeanError, match=r"\(5, 64\).*\(4, 64\)"):
         lean(torch.zeros(5, WIDTH))
@@ -369,7 +327,7 @@ def test_another_batch_or_torch_is_refused(disk_folder: Path) -> None:
 
 def test_a_failed_step_poisons_and_is_not_saved(disk_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After an exception in mid-step neither a call nor save_state goes on; a step loaded anew does."""
-    own = small(adamw)
+    own = chain(adamw)
     saved(own, disk_folder / "step")
     lean = load_lean(disk_folder / "step")
     monkeypatch.setattr(lean, "function", lambda *_: 1 / 0)
@@ -384,7 +342,7 @@ def test_a_failed_step_poisons_and_is_not_saved(disk_folder: Path, monkeypatch: 
 
 def test_a_poisoned_step_is_saved_without_its_state(disk_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a failed call the plan can still be saved and checked, but not run."""
-    own = small(adamw)
+    own = chain(adamw)
     compiled = saved(own, disk_folder / "step")
     monkeypatch.setattr(compiled.program, "function", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -409,7 +367,7 @@ def fixed_baseline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]
 
 def test_a_budget_below_the_baseline_is_refused_by_name(fixed_baseline: list[int]) -> None:
     """The error says what interpreter and torch alone hold; it is measured once a machine and then known."""
-    own = small(adamw)
+    own = chain(adamw)
     for _ in range(2):
         with pytest.raises(BudgetError, match=f"{BASELINE_BYTES:,}") as refused:
             optimize(own.step, Budget("100MB", scope="process"))
@@ -419,13 +377,13 @@ def test_a_budget_below_the_baseline_is_refused_by_name(fixed_baseline: list[int
 
 def test_a_process_budget_leaves_the_step_what_remains(fixed_baseline: list[int]) -> None:
     """The plan's budget is the process's without baseline and program; too little is refused in the process's bytes, and those then fit."""
-    own = small(adamw)
+    own = chain(adamw)
 
     def planned(size: int) -> CompiledStep:
         return optimize(own.step, Budget(size, scope="process"), effort="fast", cache=False, example=own.batch(0))
 
     compiled = planned(200_000_000)
-    besides = process_budget.own_bytes(compiled.options, compiled.graph, {})
+    besides = process_budget.own_bytes(compiled.options, compiled.graph, kernel_bytes=0)  # as the estimates say
     assert besides > BASELINE_BYTES
     assert compiled.plan.problem.budget_bytes == 200_000_000 - besides
     with pytest.raises(BudgetError, match=f"{BASELINE_BYTES:,}"):
@@ -439,7 +397,7 @@ def test_a_process_budget_leaves_the_step_what_remains(fixed_baseline: list[int]
 
 def test_a_process_budget_holds_in_a_lean_process_and_is_not_claimed_elsewhere(disk_folder: Path) -> None:
     """Three steps in a child stay inside the budget, baseline included; the planning process, which holds more, refuses to run it."""
-    own = small(adamw)
+    own = chain(adamw)
     baseline_bytes = process_budget.baseline_bytes()
     budget_bytes = baseline_bytes + 16_000_000
     compiled = saved(own, disk_folder / "step", disk_folder, Budget(budget_bytes, scope="process"))
@@ -488,7 +446,7 @@ def test_run_trains_as_train_does(text: Path, disk_folder: Path, capsys: pytest.
 
 def test_mistakes_of_run_are_told(text: Path, tmp_path: Path, disk_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """No folder, no data, no steps, a step that takes another batch: status 2 and what to try."""
-    saved(small(adamw), disk_folder / "step")
+    saved(chain(adamw), disk_folder / "step")
     good = ["run", str(disk_folder / "step"), "--data", str(text), "--steps", "1"]
     for arguments in (
         ["run", str(tmp_path), "--data", str(text), "--steps", "1"],

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from unittest import mock
 import faults
 import pytest
 import torch
+from chains import WIDTH, adamw, mean_square, momentum
 from faults import Allocations, Calls, Fault, Waits, naming, no_hang, nothing_left
 from law1 import assert_same, describe, estimated_costs, raw
 from models import Training
@@ -46,7 +47,7 @@ from solvers.decode import Decisions, Tables, decode
 from solvers.emit import emit, overlapped, profile, synchronous
 from solvers.solve import Solution
 
-WIDTH, TABLE = 64, 256
+TABLE = 256
 FROZEN = ("0.weight", "3.weight")
 IDS = torch.tensor([3, 4, 5, 90, 200, 201]).repeat(11)[:WIDTH]  # three runs of rows of the table
 CHUNK_BYTES = 10_000  # a 16 KiB transfer takes two calls, so that one may fail when a part of it is done
@@ -64,24 +65,7 @@ def training(optimizer: Callable[[Any], torch.optim.Optimizer]) -> Training:
     model = nn.Sequential(nn.Embedding(TABLE, WIDTH), *layers, nn.Dropout(0.1))
     for name in FROZEN:
         model.get_parameter(name).requires_grad_(False)
-    own = optimizer([parameter for parameter in model.parameters() if parameter.requires_grad])
-
-    def step(ids: torch.Tensor) -> torch.Tensor:
-        loss = model(ids).square().mean()
-        loss.backward()
-        own.step()
-        own.zero_grad()
-        return loss
-
-    return Training([model], [own], step, lambda call: ((IDS + call) % TABLE,))
-
-
-def adamw(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-2, foreach=False)
-
-
-def momentum(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, foreach=False)
+    return mean_square(model, optimizer, lambda call: ((IDS + call) % TABLE,))
 
 
 @dataclass(frozen=True)
@@ -357,27 +341,24 @@ def test_a_short_transfer_is_continued(case: Case, fault: Fault, stage: Stage) -
 def test_a_failing_allocation(case: Case, sticky: bool, stage: Stage) -> None:
     """Whichever tensor of a step finds no memory, alone or with all after it: the same promises."""
     count = calls_of_step(case, stage, Allocations())
-    with nothing_left(stage.offload):
-        twins = Twins(case, stage)
-        for number in every(count):
-            with naming(f"allocation {number} of {count}"):
-                checkpoint = twins.compiled.state_dict()
-                twins.fail(Allocations(number, sticky), OutOfMemory)
-                twins.recover(checkpoint)
-                twins.step()
-        del twins
+    fail_each(case, stage, {number: Allocations(number, sticky) for number in every(count)}, OutOfMemory)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_an_interrupted_wait(case: Case, stage: Stage) -> None:
     """Ctrl-C at any wait for a transfer, which goes on meanwhile: the same promises."""
     count = calls_of_step(case, stage, Waits())
+    fail_each(case, stage, {number: Waits(number) for number in every(count)}, KeyboardInterrupt)
+
+
+def fail_each(case: Case, stage: Stage, injected: Mapping[int, Allocations | Waits], error: type[BaseException]) -> None:
+    """One step after the other fails, by its number's fault; after each the state of before can be had, and training goes on."""
     with nothing_left(stage.offload):
         twins = Twins(case, stage)
-        for number in every(count):
-            with naming(f"wait {number} of {count}"):
+        for number, fault in injected.items():
+            with naming(f"{type(fault).__name__} {number}"):
                 checkpoint = twins.compiled.state_dict()
-                twins.fail(Waits(number), KeyboardInterrupt)
+                twins.fail(fault, error)
                 twins.recover(checkpoint)
                 twins.step()
         del twins

@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+from chains import WIDTH, adamw, chain, momentum, sgd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from law1 import assert_same, bits, describe, estimated_costs, snapshot
@@ -32,7 +33,6 @@ from solvers.decode import Decisions, Tables, decode
 from solvers.emit import emit, synchronous
 from solvers.solve import Solution
 
-WIDTH = 64
 WIDER = (("num_hidden_layers", 1), ("hidden_size", 64), ("intermediate_size", 256))
 
 
@@ -72,34 +72,6 @@ def flat(tree: Any, path: str = "") -> dict[str, Any]:
     if isinstance(tree, (list, tuple)):
         return {key: leaf for index, part in enumerate(tree) for key, leaf in flat(part, f"{path}/{index}").items()}
     return {path: bits(tree)}
-
-
-def chain(optimizer: Callable[[Any], torch.optim.Optimizer], layers: int = 4) -> Training:
-    """Linear layers without biases: every parameter is large enough to move, and captures are quick."""
-    torch.manual_seed(0)
-    model = nn.Sequential(*(part for _ in range(layers) for part in (nn.Linear(WIDTH, WIDTH, bias=False), nn.Tanh())))
-    own = optimizer(model.parameters())
-
-    def step(x: torch.Tensor) -> torch.Tensor:
-        loss = model(x).square().mean()
-        loss.backward()
-        own.step()
-        own.zero_grad()
-        return loss
-
-    return Training([model], [own], step, lambda call: (torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(call)),))
-
-
-def sgd(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.1)
-
-
-def momentum(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
-
-
-def adamw(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-2, foreach=False)
 
 
 def run_both(own: Training, other: Training, compiled: CompiledStep, calls: range) -> None:
