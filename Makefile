@@ -19,10 +19,10 @@ demo: setup
 	$(PY) examples/demo.py
 
 test: setup
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -n 2 -m "not slow"
 
 test-all: setup
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2
 
 check: setup
 	$(VENV)/bin/ruff check .
