@@ -22,7 +22,7 @@ from mebp_compile import kernels, quant
 from mebp_compile.config import Options, cache_dir
 from mebp_compile.errors import CacheError
 from mebp_compile.graph import Arg, Const, Graph, LoopChoice, Op, Ref, Value, inputs_of
-from mebp_compile.loop_cost import loop_requests, price_loop
+from mebp_compile.loop_cost import TileRequests, dequantise_request, loop_requests, price_loop
 from mebp_compile.lower.stream import Record
 from mebp_compile.measure.disk import measure_disk
 from mebp_compile.measure.interference import measure_interference
@@ -31,6 +31,8 @@ from mebp_compile.measure.process import available_memory_bytes
 from mebp_compile.planning import Costs, OpCost
 from mebp_compile.whole_file import write_whole
 
+BETWEEN_BYTES = 24 << 20  # what else goes through the caches between an op and the one that made its inputs, about: see decision 12
+CACHES_BYTES = 96 << 20  # more than the caches of a core hold: the codes come from disk, and the weight is as large as a cache
 CALL_US = 2  # what Python needs to make any call
 ROW_US = 10  # one row of a table, read from disk and dequantised
 SORT_BYTES = 96  # for each id: its sorted copy, permutation, inverse and their scratch
@@ -48,8 +50,8 @@ def measure_costs(
     """Measured costs by op name, and the graph with each Loop's menu priced and reduced to the tilings proven bit-equal here."""
     table = CostTable()
     wanted = {op.name: _request(graph, op, records or {}) for op in graph.ops}
-    loops = {op.name: loop_requests(graph, op) for op in graph.ops if op.menu}
-    asked = [request for requests in loops.values() for pair in requests.values() for request in pair]
+    loops = {op.name: loop_requests(graph, op, records or {}) for op in graph.ops if op.menu}
+    asked = [each for tiles in loops.values() for tile in tiles.values() for each in (tile.work, tile.make, tile.check)]
     results = table.lookup([*wanted.values(), *asked], progress)
     costs = {op.name: _op_cost(graph, op, results, wanted[op.name], records or {}) for op in graph.ops}
     disk = table.disk(options.offload_dir) if options.offload_dir is not None else None
@@ -61,7 +63,7 @@ def measure_costs(
         "latency_us": int(disk["latency"]),
         "interference": disk["interference"],
     }
-    kernels = _kernel_bytes(results, wanted.values(), [[tile for tile, _ in requests.values()] for requests in loops.values()])
+    kernels = _kernel_bytes(results, wanted.values(), [[tile.work for tile in tiles.values()] for tiles in loops.values()])
     return Costs(costs, measured=True, kernel_bytes=kernels, **speeds), replace(graph, ops=ops)
 
 
@@ -92,6 +94,7 @@ def _request(graph: Graph, op: Op, records: dict[str, Record]) -> Json | None:
         "target": op.target,
         "args": [_encode(graph, arg) for arg in op.args],
         "kwargs": {key: _encode(graph, arg) for key, arg in op.kwargs},
+        "between_bytes": BETWEEN_BYTES,
     }
     if op.out and op.out_target.startswith("aten."):
         request |= {"target": op.out_target, "out": [_tensor(graph.value[name or ""]) for name in op.outputs], "out_names": list(op.out)}
@@ -101,11 +104,7 @@ def _request(graph: Graph, op: Op, records: dict[str, Record]) -> Json | None:
 def _dequantise_request(graph: Graph, op: Op, records: dict[str, Record]) -> Json:
     value = graph.value[op.outputs[0] or ""]
     record = records[graph.storages[graph.storage_of(op.args[1].name)].source.replace("weight:", "parameter:", 1)]
-    codes = {"tensor": {"shape": list(record.codes_shape), "dtype": "uint8", "fill": "index:16"}}
-    scales = {"tensor": {"shape": list(record.scales_shape), "dtype": record.scales_dtype, "fill": "ones"}}
-    args = [codes, scales, record.scheme, list(value.shape), {"dtype": value.dtype}]
-    request = {"target": "mebp.dequantise.out", "args": args, "kwargs": {}, "out": [_tensor(value)], "out_names": ["out"]}
-    return {**request, "cold": True}  # the codes come from disk, and the weight is as large as a cache
+    return {**dequantise_request(record, record.codes_shape[0], value), "between_bytes": CACHES_BYTES}
 
 
 def _encode(graph: Graph, arg: Arg) -> Any:
@@ -156,16 +155,16 @@ def _cost(results: dict[str, Json], request: Json | None) -> OpCost:
 
 
 def _priced(
-    graph: Graph, op: Op, requests: dict[int, tuple[Json, Json | None]], results: dict[str, Json], read_bytes_per_us: float
+    graph: Graph, op: Op, requests: dict[int, TileRequests], results: dict[str, Json], read_bytes_per_us: float
 ) -> tuple[LoopChoice, ...]:
     """The choices of an op's menu that were measured, and are bit-equal here where they must be, each with its workspace and time."""
     priced = []
     for choice in op.menu:
-        tile, check = requests[choice.trips]
-        if "error" in results[_key(tile)] or (check and not results[_key(check)].get("equal")):
+        tile = requests[choice.trips]
+        if "error" in results[_key(tile.work)] or (tile.check and not results[_key(tile.check)].get("equal")):
             continue
-        one = _cost(results, tile)
-        priced.append(price_loop(graph, op, choice, one.time_us, one.workspace_bytes, read_bytes_per_us))
+        one, make = _cost(results, tile.work), _cost(results, tile.make)
+        priced.append(price_loop(graph, op, choice, one.time_us / tile.tiles, make.time_us, one.workspace_bytes, read_bytes_per_us))
     return tuple(priced)
 
 

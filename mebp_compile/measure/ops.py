@@ -28,9 +28,9 @@ from mebp_compile.measure.memory import memory_of
 from mebp_compile.measure.process import set_malloc_thresholds
 
 TIME_PER_OP_US = 20_000.0
+RUNS_AGAIN = 3
 MOST_RUNS = 50
 PATIENCE, AGREEMENT = 4, 1.1
-CACHES_BYTES = 96 << 20  # more than the caches of a core hold
 LARGE_OP_US = 50_000.0
 PATTERN_ELEMENTS = 1 << 20
 PART_BYTES = 16 << 20  # compared at a time
@@ -54,7 +54,7 @@ def measure_ops(
     call. Its result: {"time_us", "runs", "workspace_bytes", "retained_bytes", "once_bytes", "outputs": [{"shape",
     "stride", "dtype", "new_bytes"}]} where workspace_bytes is malloc's peak in the op beyond its retained_bytes (new
     storages; malloc's rounding of up to a page each is in it), once_bytes is what the first call left behind; both
-    are None where the malloc meter is not built. "cold": true measures the time with other data in the caches. A
+    are None where the malloc meter is not built. "between_bytes": n touches so much other memory before each call. A
     request {"key", "kind": "equal", "inputs": {name: value}, "first": source, "second": source} compares two function
     bodies over `torch` and `inputs` in raw bytes: {"equal": bool, "difference": text}. A request that fails, or kills
     the child, gives {"error": text}. `fresh_pages` makes malloc return memory at once, so that time_us includes the
@@ -102,7 +102,20 @@ def measure(request: Json) -> Json:
         importlib.import_module(name)
     gc.disable()
     with torch.no_grad():
-        return {"results": {str(each["key"]): _measure_one(each) for each in request["requests"]}}
+        results = {str(each["key"]): _measure_one(each) for each in request["requests"]}
+        for each in request["requests"]:
+            _measure_again(each, results[str(each["key"])])
+        return {"results": results}
+
+
+def _measure_again(request: Json, result: Json) -> None:
+    """A few calls of an op at another time: what disturbed the first ones, all of them alike, is over by then."""
+    if 0 < result.get("time_us", 0) <= LARGE_OP_US:
+        call, _ = _decoded(request)
+        call()
+        before = _other_work(request.get("between_bytes", 0))
+        result["time_us"] = min(result["time_us"], *(_sample(call, before) for _ in range(RUNS_AGAIN)))
+        result["runs"] += RUNS_AGAIN
 
 
 def _measure_one(request: Json) -> Json:
@@ -119,22 +132,13 @@ def _measure_one(request: Json) -> Json:
 
 
 def _measure_op(request: Json) -> Json:
-    op = _find_op(request["target"])
-    args = decode(request.get("args", []))
-    kwargs = {name: decode(value) for name, value in request.get("kwargs", {}).items()}
-    out = decode(request.get("out", []))
-    kwargs |= dict(zip(request.get("out_names", ["out"] * bool(out)), out, strict=True))
-    given = {storage._cdata for storage in _storages((args, kwargs))}
-
-    def call() -> Any:
-        return op(*args, **kwargs)
-
+    call, given = _decoded(request)
     once_bytes, _ = _malloc_of(call, given, warm=False)
     workspace_bytes, outputs = _malloc_of(call, given, warm=True)
     retained_bytes = sum(storage.nbytes() for storage in _new_storages(outputs, given))
     described = [_describe(tensor, given) for tensor in tree_leaves(outputs) if isinstance(tensor, torch.Tensor)]
     del outputs
-    time_us, runs = _fastest_us(call, _forget_caches if request.get("cold") else _nothing)
+    time_us, runs = _fastest_us(call, _other_work(request.get("between_bytes", 0)))
     return {
         "time_us": time_us,
         "runs": runs,
@@ -143,6 +147,16 @@ def _measure_op(request: Json) -> Json:
         "once_bytes": once_bytes,
         "outputs": described,
     }
+
+
+def _decoded(request: Json) -> tuple[Callable[[], Any], set[int]]:
+    """The call that a request describes, and the storages that it is given."""
+    op = _find_op(request["target"])
+    args = decode(request.get("args", []))
+    kwargs = {name: decode(value) for name, value in request.get("kwargs", {}).items()}
+    out = decode(request.get("out", []))
+    kwargs |= dict(zip(request.get("out_names", ["out"] * bool(out)), out, strict=True))
+    return lambda: op(*args, **kwargs), {storage._cdata for storage in _storages((args, kwargs))}
 
 
 def _find_op(target: str) -> Callable[..., Any]:
@@ -172,39 +186,36 @@ def _malloc_of(call: Callable[[], Any], given: set[int], warm: bool) -> tuple[in
     return max(0, beyond_bytes - sum(storage.nbytes() for storage in _new_storages(outputs, given))), outputs
 
 
-def _fastest_us(call: Callable[[], Any], before: Callable[[], None]) -> tuple[float, int]:
+def _fastest_us(call: Callable[[], Any], before: Callable[[], object]) -> tuple[float, int]:
     """The shortest time of one call including the freeing of its outputs, and the number of calls; `before` each of them is not timed.
 
     The minimum, not the median: what else the machine does can only add time, on shared cores up to a thousandfold (two OpenMP threads
     that wait for one core), and what it adds says nothing about the op. A minimum that no second call comes near is not believed yet:
     where others work on the machine, calls go on until two agree, or for PATIENCE times as long.
     """
-
-    def sample() -> float:
-        before()
-        return _time_us(call)
-
-    samples = [sample()]
+    samples = [_sample(call, before)]
     runs = 2 if samples[0] > LARGE_OP_US else max(5, min(MOST_RUNS, int(TIME_PER_OP_US / max(samples[0], 1.0))))
-    samples += [sample() for _ in range(runs - 1)]
+    samples += [_sample(call, before) for _ in range(runs - 1)]
     patience_us = PATIENCE * max(TIME_PER_OP_US, sum(samples))
     while not _agree(samples) and sum(samples) < patience_us:
-        samples.append(sample())
+        samples.append(_sample(call, before))
     return min(samples), len(samples)
 
 
-def _nothing() -> None:
-    """Before a call that is measured with its inputs and outputs in the caches."""
+def _sample(call: Callable[[], Any], before: Callable[[], object]) -> float:
+    before()
+    return _time_us(call)
 
 
-def _forget_caches() -> None:
-    """Before a call that is measured cold: other memory fills the caches, as the rest of a step does."""
-    _other_memory().add_(1)
+def _other_work(size_bytes: int) -> Callable[[], object]:
+    """What comes before each call: other memory goes through the caches, as it does in a step."""
+    memory = _other_memory(size_bytes)
+    return lambda: memory.add_(1)
 
 
-@functools.cache
-def _other_memory() -> torch.Tensor:
-    return torch.zeros(CACHES_BYTES, dtype=torch.uint8)
+@functools.lru_cache(maxsize=1)
+def _other_memory(size_bytes: int) -> torch.Tensor:
+    return torch.zeros(size_bytes, dtype=torch.uint8)
 
 
 def _agree(samples: list[float]) -> bool:

@@ -29,7 +29,7 @@ HEADS = [bf16(1, 4, 128, 64)] * 3
 REQUESTS: list[Json] = [
     {"key": "add", "target": "aten.add.Tensor", "args": [spec(300, 300), spec(300, 300)], "kwargs": {"alpha": 2}},
     {"key": "mm", "target": "aten.mm.default", "args": [bf16(64, 256), bf16(256, 512)]},
-    {"key": "cold", "target": "aten.mm.default", "args": [bf16(64, 256), bf16(256, 512)], "cold": True},
+    {"key": "cold", "target": "aten.mm.default", "args": [bf16(64, 256), bf16(256, 512)], "between_bytes": 1 << 20},
     {"key": "mm.out", "target": "aten.mm.out", "args": [bf16(64, 256), bf16(256, 512)], "out": [bf16(64, 512)]},
     {"key": "view", "target": "aten.view.default", "args": [spec(8, 8), [-1]]},
     {"key": "inplace", "target": "aten.add_.Tensor", "args": [spec(300, 300), 1.0]},
