@@ -277,7 +277,7 @@ def _bench(args: argparse.Namespace) -> None:
     rows = [Contestant(f"ours, {budget}", "ours", replace(settings, budget=budget)) for budget in budgets]
     rows += [Contestant(kind, kind, settings) for kind in args.peers.split(",") if kind]
     others = read_rows(args.rows, settings) if args.rows is not None else []
-    results = race(rows, args.rounds, args.data, Progress(args.quiet))
+    results = race(rows, args.rounds, args.data, Progress(args.quiet)) if rows else []
     if results:
         print(report(results))
     if others:
