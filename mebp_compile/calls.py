@@ -57,7 +57,7 @@ def call(op: Op, names: Mapping[str, str], out: tuple[str, ...], new: str) -> st
     if op.target.startswith("py."):
         return _number(op.target, args)
     name = op.target.split(".")[1]
-    if op.target.startswith(("run.", "tile.")):
+    if op.target.startswith(("run.", "tile.", "rows.")):
         return _verb(op.target, args, out)
     if op.target == "aten._local_scalar_dense.default":
         return f"{args[0]}.item()"
@@ -76,6 +76,12 @@ def _verb(target: str, args: list[str], out: tuple[str, ...]) -> str:
         return f"{args[0]}[{args[1]}]"
     if target == "tile.put":
         return f"{args[0]}[:, {args[1]}] = {args[2]}"
+    if target == "tile.free":
+        return f"del {', '.join(args)}"
+    if target in ("rows.take", "rows.put"):
+        leading = int(args[1])
+        flat = args[0] if leading == 1 else f"{args[0]}.flatten(0, {leading - 1})"
+        return f"{flat}[{'None, ' * (leading - 1)}tile]" if target == "rows.take" else f"{flat}[tile] = {args[2]}"
     return f"{target}({', '.join([*args, *(f'out={buffer}' for buffer in out)])})"
 
 

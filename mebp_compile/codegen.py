@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import solvers
 from mebp_compile.calls import argument, call
 from mebp_compile.config import format_bytes
-from mebp_compile.graph import PERSISTENT, Graph, Op, Value, describe, inputs_of
+from mebp_compile.graph import CHUNKS, PERSISTENT, Graph, LoopChoice, Op, Value, block_ops, describe, inputs_of
 from mebp_compile.planning import Plan
 
 COMMENT_COLUMN = 100
@@ -108,8 +108,10 @@ class _Writer:
         again = step.op in self.ran
         if step.op in self.repeated_draws:
             self._line(f"run.rng_{'replay' if again else 'save'}({op.name!r})")
-        names = {name: self._use(name) for name in inputs_of(op)} if step.choice == 0 else {}
-        if step.choice == 0:
+        names = {name: self._use(name) for name in inputs_of(op)} if step.choice == 0 and op.target != CHUNKS else {}
+        if op.target == CHUNKS:
+            self._blocks(number, op, step.choice, again)
+        elif step.choice == 0:
             self._call(number, op, names, again)
         else:
             self._loop(number, op, step.choice, again)
@@ -163,6 +165,35 @@ class _Writer:
         for output in op.outputs:
             if output and not self.bound.get(self.graph.storage_of(output)):
                 self.bound.setdefault(self.graph.storage_of(output), []).append(output)
+
+    def _blocks(self, number: int, op: Op, choice: int, again: bool) -> None:
+        """A region run in blocks of tokens. Its outputs are filled block by block, into buffers that are made first; one that is there
+        already is made beside it and let go."""
+        assert op.body is not None
+        loop = op.menu[choice - 1] if choice else LoopChoice(1, op.reads)
+        for name in op.body.inputs:
+            if self.graph.storage_of(name) in loop.reads:
+                self._use(name)
+        spare = [name for name in op.outputs if name and self.bound.get(self.graph.storage_of(name))]
+        names = {name: f"{name}_again" for name in spare}
+        for output in filter(None, op.outputs):
+            placed = output not in spare and (number, self.graph.storage_of(output)) in self.plan.placement.offsets
+            buffer = self._buffer(number, output) if placed else self._new(self.graph.value[output])
+            self._line(f"{names.get(output, output)} = {buffer}", self._note(op, number, again))
+            if output not in spare:
+                self.bound[self.graph.storage_of(output)] = [output]
+        ops = block_ops(op, loop)
+        steps = {phase: [body for body in ops if body.phase == phase] for phase in ("before", "after")}
+        for body in steps["before"]:
+            self._line(_assigned(body, names))
+        self._line(f"for tile in run.blocks({op.body.name}, {loop.trips}):")
+        for body in (body for body in ops if body.phase not in ("before", "after")):
+            self._line(f"    {_assigned(body, names)}")
+        for body in steps["after"]:
+            self._line(_assigned(body, names))
+        over = [*_made(steps["before"]), *names.values()]
+        if over:
+            self._line(f"del {', '.join(over)}")
 
     def _free(self, storage: int) -> None:
         names = self.bound.pop(storage, [])

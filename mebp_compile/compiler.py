@@ -23,7 +23,8 @@ from mebp_compile.cost import measure_costs
 from mebp_compile.errors import BudgetInfeasible, LeanError, MebpError, OptionError, StepPoisoned
 from mebp_compile.graph import Graph
 from mebp_compile.lower import drop_gradients, lower
-from mebp_compile.lower.stream import stream_weights
+from mebp_compile.lower.chunks import in_chunks
+from mebp_compile.lower.stream import Record, stream_weights
 from mebp_compile.lower.tables import split_tables
 from mebp_compile.passes import better_tier, run_passes
 from mebp_compile.planning import Plan, build_problem, make_plan
@@ -40,6 +41,7 @@ from mebp_compile.runtime.weights import WeightStore
 from mebp_compile.saving import Subject, save_step
 
 Progress = Callable[[str], None]
+SLOW = 1.1  # times what a step takes with all the memory it could want: from there on blocks of tokens are tried
 
 
 def optimize(
@@ -101,19 +103,46 @@ def build(
     graph, saves = _lowered(traced, options)
     if options.offload_dir is not None:
         graph = split_tables(graph, options.budget_bytes, tell)
-    graph = stream_weights(graph, records)
-    costs, graph = measure_costs(graph, options, records, tell)
+    graph, solved = _planned_best(graph, options, records, ", ".join(filter(None, (saves, higher))), tell, contract_of(traced))
+    return contract_of(traced), graph, solved, codegen.generate(graph, solved)
+
+
+def _planned_best(
+    graph: Graph, options: Options, records: dict[str, Record], advice: str, tell: Progress, contract: Contract
+) -> tuple[Graph, Plan]:
+    """The graph and its plan; where the budget refuses it, or makes it slow, the better of it and the same graph in blocks of tokens."""
+    found: tuple[Graph, Plan] | None = None
+    refusals: list[BudgetInfeasible] = []
+    for kind in ("whole", "chunks"):
+        if kind == "chunks" and (options.numerics == "exact" or (found and found[1].time_us <= SLOW * found[1].keep_all_time_us)):
+            break
+        tried = graph if kind == "whole" else in_chunks(graph, tell)
+        if kind == "chunks" and tried is graph:
+            break
+        try:
+            made = _planned(tried, options, records, advice, tell)
+        except BudgetInfeasible as refusal:
+            refusal.refused = (contract, refusal.refused)
+            refusals.append(refusal)
+            continue
+        found = made if found is None or made[1].time_us < found[1].time_us else found
+    if found is None:
+        raise min(refusals, key=lambda refusal: refusal.smallest_bytes) from None
+    return found
+
+
+def _planned(graph: Graph, options: Options, records: dict[str, Record], advice: str, tell: Progress) -> tuple[Graph, Plan]:
+    """Weights streamed, costs measured, solved: the final graph and its plan. A refusal carries the graph."""
+    costs, graph = measure_costs(stream_weights(graph, records), options, records, tell)
     own = own_bytes(options, graph, costs.kernel_bytes)
     problem = build_problem(graph, costs, left_for_step(options, own), options.offload_dir is not None)
     tell(f"solving for {len(graph.ops):,} ops on {len(graph.storages):,} storages")
-    advice = ", ".join(filter(None, (saves, higher)))
     try:
-        solved = make_plan(graph, problem, options.effort, options.time_limit_s, advice=advice, tell=tell, solver=options.solver)
+        return graph, make_plan(graph, problem, options.effort, options.time_limit_s, advice=advice, tell=tell, solver=options.solver)
     except BudgetInfeasible as error:
         refusal = in_process(error, own) if own else error
-        refusal.refused = (contract_of(traced), graph)
+        refusal.refused = graph
         raise refusal from None
-    return contract_of(traced), graph, solved, codegen.generate(graph, solved)
 
 
 def _lowered(traced: Traced, options: Options) -> tuple[Graph, str]:

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from mebp_compile import kernels, quant
+from mebp_compile.chunk_cost import Requests, chunk_requests, price_chunks, touched_bytes
 from mebp_compile.config import Options, cache_dir
 from mebp_compile.errors import CacheError
-from mebp_compile.graph import Arg, Const, Graph, LoopChoice, Op, Ref, Value, inputs_of
+from mebp_compile.graph import CHUNKS, Arg, Const, Graph, LoopChoice, Op, Ref, Value, inputs_of
 from mebp_compile.loop_cost import TileRequests, dequantise_request, loop_requests, price_loop
 from mebp_compile.lower.stream import Record
 from mebp_compile.measure.disk import measure_disk
@@ -49,33 +50,45 @@ def measure_costs(
 ) -> tuple[Costs, Graph]:
     """Measured costs by op name, and the graph with each Loop's menu priced and reduced to the tilings proven bit-equal here."""
     table = CostTable()
-    wanted = {op.name: _request(graph, op, records or {}) for op in graph.ops}
-    loops = {op.name: loop_requests(graph, op, records or {}) for op in graph.ops if op.menu}
+    wanted = {op.name: _request(graph, op, records or {}) for op in graph.ops if op.target != CHUNKS}
+    loops = {op.name: loop_requests(graph, op, records or {}) for op in graph.ops if op.menu and op.target != CHUNKS}
+    regions = {op.name: _block_requests(graph, op, records or {}) for op in graph.ops if op.target == CHUNKS}
     asked = [each for tiles in loops.values() for tile in tiles.values() for each in (tile.work, tile.make, tile.check)]
-    results = table.lookup([*wanted.values(), *asked], progress)
-    costs = {op.name: _op_cost(graph, op, results, wanted[op.name], records or {}) for op in graph.ops}
+    blocks = [request for requests in regions.values() for block in requests.values() for request in block.values()]
+    results = table.lookup([*wanted.values(), *asked, *blocks], progress)
+    costs = {op.name: _op_cost(graph, op, results, wanted[op.name], records or {}) for op in graph.ops if op.name in wanted}
+    for op in (op for op in graph.ops if op.name in regions):
+        whole = _priced_blocks(op, LoopChoice(1, op.reads), regions[op.name], results)
+        costs[op.name] = OpCost(whole.time_us, whole.workspace_bytes)
     disk = table.disk(options.offload_dir) if options.offload_dir is not None else None
     read_speed = disk["read"] if disk else LOOP_BYTES_PER_US
-    ops = tuple(replace(op, menu=_priced(graph, op, loops[op.name], results, read_speed)) if op.menu else op for op in graph.ops)
+    ops = tuple(replace(op, menu=_priced(graph, op, loops[op.name], results, read_speed)) if op.name in loops else op for op in graph.ops)
+    ops = tuple(
+        replace(op, menu=tuple(_priced_blocks(op, choice, regions[op.name], results) for choice in op.menu)) if op.name in regions else op
+        for op in ops
+    )
     speeds = {} if disk is None else {
         "read_bytes_per_us": disk["read"],
         "write_bytes_per_us": disk["write"],
         "latency_us": int(disk["latency"]),
         "interference": disk["interference"],
     }
-    kernels = _kernel_bytes(results, wanted.values(), [[tile.work for tile in tiles.values()] for tiles in loops.values()])
+    menus = [[[tile.work] for tile in tiles.values()] for tiles in loops.values()]
+    menus += [[list(block.values()) for block in requests.values()] for requests in regions.values()]
+    kernels = _kernel_bytes(results, wanted.values(), menus)
     return Costs(costs, measured=True, kernel_bytes=kernels, **speeds), replace(graph, ops=ops)
 
 
-def _kernel_bytes(results: Mapping[str, Json], requests: Iterable[Json | None], menus: Iterable[list[Json]]) -> int:
+def _kernel_bytes(results: Mapping[str, Json], requests: Iterable[Json | None], menus: Iterable[list[list[Json]]]) -> int:
     """What the ops leave behind in a process for good at their first call: the code that oneDNN compiles for each distinct matmul, mostly.
-    Of a Loop's tiles the choice that leaves most counts."""
+    Of a Loop, given as the requests of each of its choices, the choice that leaves most counts."""
 
     def once_bytes(request: Json) -> int:
         return int(results.get(_key(request), {}).get("once_bytes") or 0)
 
-    largest = [max(tiles, key=once_bytes) for tiles in menus if tiles]
-    distinct = {_key(request): once_bytes(request) for request in (*requests, *largest) if request is not None}
+    largest = [max(choices, key=lambda tile: sum(map(once_bytes, tile))) for choices in menus if choices]
+    looped = [request for tile in largest for request in tile]
+    distinct = {_key(request): once_bytes(request) for request in (*requests, *looped) if request is not None}
     return sum(distinct.values())
 
 
@@ -99,6 +112,11 @@ def _request(graph: Graph, op: Op, records: dict[str, Record]) -> Json | None:
     if op.out and op.out_target.startswith("aten."):
         request |= {"target": op.out_target, "out": [_tensor(graph.value[name or ""]) for name in op.outputs], "out_names": list(op.out)}
     return request
+
+
+def _block_requests(graph: Graph, region: Op, records: dict[str, Record]) -> dict[int, Requests]:
+    """By number of trips, the measurements of the ops of one block of a region; the weights that it makes are the graph's."""
+    return chunk_requests(region, lambda body, op: _request(graph if op.target == "run.dequantise" else body, op, records))
 
 
 def _dequantise_request(graph: Graph, op: Op, records: dict[str, Record]) -> Json:
@@ -166,6 +184,16 @@ def _priced(
         one, make = _cost(results, tile.work), _cost(results, tile.make)
         priced.append(price_loop(graph, op, choice, one.time_us / tile.tiles, make.time_us, one.workspace_bytes, read_bytes_per_us))
     return tuple(priced)
+
+
+def _priced_blocks(op: Op, choice: LoopChoice, requests: dict[int, Requests], results: dict[str, Json]) -> LoopChoice:
+    """A region's choice with its workspace and time; an op of a block that could not be measured takes room for all that the op touches."""
+    costs = {}
+    for name, request in requests[choice.trips].items():
+        one = _cost(results, request)
+        failed = "error" in results[_key(request)]
+        costs[name] = (one.time_us, touched_bytes(op, choice.trips, name) if failed else one.workspace_bytes)
+    return price_chunks(op, choice, costs)
 
 
 # --- the cache ---

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # Roles of a storage. All but "activation" exist before the step.
 PERSISTENT = ("parameter", "buffer", "optimizer", "gradient", "weight", "constant", "batch", "hyper")
+CHUNKS = "run.blocks"  # the target of a region that runs in blocks of tokens
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,14 @@ def map_refs(arg: Arg, rename: dict[str, Arg]) -> Arg:
     return arg
 
 
+def block_ops(op: Op, choice: LoopChoice | None = None) -> tuple[Op, ...]:
+    """What a region in blocks of tokens does under one of its choices (none: whole): it makes its streamed weights itself where the choice does
+    not read them dense."""
+    assert op.body is not None
+    makes_weights = choice is not None and not set(op.reads) <= set(choice.reads)
+    return tuple(part for part in op.body.ops if makes_weights or part.phase != "weight")
+
+
 def versions(graph: Graph) -> tuple[list[dict[int, int]], list[int]]:
     """For every op the version of each storage that it reads or is about to write; and the final version of every storage.
 
@@ -319,6 +328,6 @@ def _op(data: dict[str, Any]) -> Op:
 
 
 __all__ = [
-    "PERSISTENT", "Arg", "Const", "Graph", "Guard", "LoopChoice", "Op", "Ref", "Storage", "Value", "asdict", "dataflow", "describe", "field",
-    "from_json", "inputs_of", "map_refs", "refs", "replace", "to_json", "verify", "versions",
+    "CHUNKS", "PERSISTENT", "Arg", "Const", "Graph", "Guard", "LoopChoice", "Op", "Ref", "Storage", "Value", "asdict", "block_ops", "dataflow",
+    "describe", "field", "from_json", "inputs_of", "map_refs", "refs", "replace", "to_json", "verify", "versions",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import solvers
 from mebp_compile.config import format_bytes
 from mebp_compile.errors import BudgetInfeasible, GraphError
-from mebp_compile.graph import PERSISTENT, Graph, Op, Value
+from mebp_compile.graph import CHUNKS, PERSISTENT, Graph, Op, Value
 from mebp_compile.overhead import charged_sizes, constant_overhead
 from mebp_compile.place import Placement, lives, place_under
 from solvers import Problem, Report, Schedule, Solution, baselines
@@ -315,6 +315,9 @@ def tensor_peak(graph: Graph, problem: Problem, schedule: Schedule) -> int:
             replace(charged, size_bytes=storage.size_bytes if charged.size_bytes else 0)
             for storage, charged in zip(graph.storages, problem.storages, strict=True)
         ),
-        ops=tuple(replace(op, choices=(replace(op.choices[0], workspace_bytes=0), *op.choices[1:])) for op in problem.ops),
+        ops=tuple(
+            op if own.target == CHUNKS else replace(op, choices=(replace(op.choices[0], workspace_bytes=0), *op.choices[1:]))
+            for own, op in zip(graph.ops, problem.ops, strict=True)
+        ),
     )
     return solvers.replay(bare, schedule, enforce_budget=False).peak_bytes

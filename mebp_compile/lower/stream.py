@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from mebp_compile.graph import Graph, LoopChoice, Op, Ref, Storage, Value, inputs_of
+from mebp_compile.graph import CHUNKS, Graph, LoopChoice, Op, Ref, Storage, Value, inputs_of
+from mebp_compile.lower.chunk_body import with_weights
 from mebp_compile.lower.loss_loop import TILED_LOSS, with_loss_menu
 from mebp_compile.lower.loss_loop import TRIPS as LOSS_TRIPS
 from mebp_compile.lower.naming import Namer
@@ -111,7 +112,9 @@ class _Streaming:
         return replace(op, target="run.embedding", args=(table, op.args[1]), reads=reads, out_target="run.embedding", out=("out",))
 
     def _with_menu(self, op: Op) -> Op:
-        """The Loop of a matmul whose second matrix is a streamed weight, or its transpose."""
+        """The Loop of a matmul whose second matrix is a streamed weight, or its transpose; a region's blocks may make their weights themselves."""
+        if op.target == CHUNKS:
+            return self._made_in_blocks(op)
         if op.target == TILED_LOSS and isinstance(op.args[1], Ref) and self.old.storage_of(op.args[1].name) in self.streamed:
             storage = self.old.storage_of(op.args[1].name)
             value, packed, record = self.dense[storage], self.packed[storage], self.streamed[storage]
@@ -133,6 +136,16 @@ class _Streaming:
         large = transposed and record.size_bytes >= RECORD_BYTES_IN_LOOP
         from_disk = [LoopChoice(trips, others, disk_bytes=record.size_bytes) for trips in trip_counts(width)] if large else []
         return replace(op, menu=(*in_memory, *from_disk), body=loop_body(op, value, packed, transposed, width))
+
+    def _made_in_blocks(self, op: Op) -> Op:
+        """A region that reads streamed weights, with the choice that each block dequantises each weight just before it needs it."""
+        used = [storage for storage in op.reads if storage in self.streamed]
+        if not used or op.body is None:
+            return op
+        reads = (*(read for read in op.reads if read not in used), *(self.packed[storage].storage for storage in used))
+        weights = {self.dense[storage].name: (self.dense[storage], self.packed[storage]) for storage in used}
+        packed = tuple(LoopChoice(choice.trips, reads) for choice in (LoopChoice(1, ()), *op.menu))
+        return replace(op, menu=(*op.menu, *packed), body=with_weights(op.body, self.old, weights))
 
     def _second_matrix(self, op: Op) -> tuple[int, bool] | None:
         """(storage, transposed) of the streamed weight that a matmul multiplies by; None for anything else."""

@@ -193,7 +193,7 @@ class _Split:
         inputs = [name for name in self.old.inputs if self.old.storage_of(name) not in gone]
         inputs += [part.name for storage, parts in self.parts.items() if self.old.storages[storage].source for part in parts]
         new = replace(self.old, storages=tuple(self.storages), values=tuple(self.values), ops=tuple(ops), inputs=tuple(inputs))
-        return _without(new, gone)
+        return without_storages(new, gone)
 
     def _look_up(self, op: Op) -> Op:
         """Rows of the table from wherever their blocks are; it runs once, before any block changes."""
@@ -261,18 +261,21 @@ class _Split:
         return self.parts[storage][number].storage if storage in self.parts else storage
 
 
-def _without(graph: Graph, gone: set[int]) -> Graph:
+def without_storages(graph: Graph, gone: set[int]) -> Graph:
     """The graph without some storages, which no op touches, and their values and views; the others are numbered anew."""
     number = {old: new for new, old in enumerate(index for index in range(len(graph.storages)) if index not in gone)}
 
     def moved(found: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(number[storage] for storage in found)
 
-    ops = tuple(replace(op, creates=moved(op.creates), reads=moved(op.reads), writes=moved(op.writes)) for op in graph.ops)
+    def renumbered(op: Op) -> Op:
+        menu = tuple(replace(choice, reads=moved(choice.reads)) for choice in op.menu)
+        return replace(op, creates=moved(op.creates), reads=moved(op.reads), writes=moved(op.writes), menu=menu)
+
     return replace(
         graph,
         storages=tuple(storage for index, storage in enumerate(graph.storages) if index not in gone),
         values=tuple(replace(value, storage=number[value.storage]) for value in graph.values if value.storage not in gone),
-        ops=ops,
+        ops=tuple(map(renumbered, graph.ops)),
         views=tuple(op for op in graph.views if not any(graph.storage_of(name) in gone for name in op.outputs if name)),
     )

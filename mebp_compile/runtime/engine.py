@@ -15,6 +15,7 @@ import torch
 
 from mebp_compile.errors import MebpError
 from mebp_compile.kernels import cross_entropy
+from mebp_compile.lower.chunks import block_rows
 from mebp_compile.lower.stream import tile_size
 from mebp_compile.quant import dequantise_columns, dequantise_into, dequantise_rows
 from mebp_compile.runtime.activations import ActivationStore
@@ -277,6 +278,21 @@ class Engine:
         finally:
             if self.weights is not None:
                 self.weights.end_tiles()
+
+    # --- regions in blocks of tokens ---
+
+    def blocks(self, tokens: int, trips: int) -> Iterator[slice]:
+        """The blocks of `tokens` rows in `trips` parts; the last one may have fewer."""
+        size = block_rows(tokens, trips)
+        for start in range(0, tokens, size):
+            yield slice(start, min(start + size, tokens))
+
+    def gather(self, total: torch.Tensor, part: torch.Tensor, tile: slice) -> None:
+        """Add a block's part of a sum over the tokens; the first block's is the sum so far."""
+        if tile.start == 0:
+            total.copy_(part)
+        else:
+            total.add_(part)
 
 
 def _arena(size_bytes: int) -> torch.Tensor:
