@@ -30,7 +30,7 @@ from mebp_compile.planning import Plan, build_problem, make_plan
 from mebp_compile.process_budget import checked_baseline_bytes, in_process, left_for_step, own_bytes
 from mebp_compile.runtime.ahead import state_after
 from mebp_compile.runtime.all_state import state_dict
-from mebp_compile.runtime.bind import Streamed, bind_weights
+from mebp_compile.runtime.bind import Streamed, bind_weights, give_back
 from mebp_compile.runtime.guards import batch_tensors, holds, signature
 from mebp_compile.runtime.homes import Homes
 from mebp_compile.runtime.program import Program, load
@@ -79,13 +79,22 @@ def optimize(
     found = find_state(step_fn, state)
     step = CompiledStep(step_fn, found, options, bind_weights(found, weights, options.offload_dir), progress)
     if example is not None:
-        step.prepare(*example)
+        try:
+            step.prepare(*example)
+        except BaseException:
+            give_back(found, step.streamed)
+            raise
     return step
 
 
 def plan(step_fn: Callable[..., Any], budget: int | float | str | Budget, *, example: tuple[Any, ...], **options: Any) -> Plan:
-    """A dry run: the plan of `optimize` with the same arguments. Nothing is allocated for the step, and nothing runs."""
-    return optimize(step_fn, budget, **options).dry_run(*example)
+    """A dry run: the plan of `optimize` with the same arguments. Nothing is allocated for the step, and nothing runs. Weights that a scheme's name
+    quantised for it are in memory again afterwards, dequantised."""
+    step = optimize(step_fn, budget, **options)
+    try:
+        return step.dry_run(*example)
+    finally:
+        give_back(step.state, step.streamed)
 
 
 def build(
