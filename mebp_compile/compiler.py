@@ -5,6 +5,7 @@ step_fn -> capture -> passes -> lower -> cost -> plan (problem, solve, check, pl
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -335,7 +336,8 @@ class CompiledStep:
 
     def compare(self, *batch: Any, **kwargs: Any) -> Comparison:
         """Run the user's own step and the compiled one from the same state and compare every byte; both are undone. Needs eager's memory."""
-        return compare(self.step_fn, (batch, kwargs), self.prepare(*batch, **kwargs), self.state, self.streamed)
+        bring_back = functools.partial(self.materialise, force=True)
+        return compare(self.step_fn, (batch, kwargs), self.prepare(*batch, **kwargs), self.state, self.streamed, bring_back)
 
     def save(self, folder: str | Path) -> Path:
         """Write graph, problem, schedule, offsets and program as files, for `mebp check` and `mebp show`; and all state, for `load_lean` and

@@ -307,6 +307,22 @@ def test_a_clean_comparison_finds_no_difference(case: Case, stage: Stage) -> Non
     twins.step()
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_failing_comparison(case: Case, stage: Stage) -> None:
+    """Whichever read or write of compare() fails, in either step or on the way back: a typed error, the state is that of before, and training
+    goes on."""
+    twins = Twins(case, stage)
+    batch = twins.other.batch(twins.call)
+    with Calls(faults.BROKEN) as counter:
+        twins.compiled.compare(*batch)
+    for number in every(counter.count):
+        with naming(f"call {number} of {counter.count}"):
+            with no_hang(), Calls(faults.BROKEN, number), pytest.raises(MebpError, match="try: "):
+                twins.compiled.compare(*batch)
+            twins.compare()
+            twins.step()
+
+
 @pytest.mark.parametrize("fault", [faults.BROKEN, faults.GONE, faults.FULL, faults.CUT], ids=lambda fault: fault.name)
 @pytest.mark.parametrize("case", CASES)
 def test_a_failing_transfer(case: Case, fault: Fault, stage: Stage) -> None:
