@@ -35,13 +35,12 @@ from torch import nn
 import solvers
 from mebp_compile import compiler
 from mebp_compile.compiler import CompiledStep, optimize
-from mebp_compile.errors import BudgetInfeasible, DiskError, MeasureError, MebpError, StepPoisoned
+from mebp_compile.errors import BudgetInfeasible, DiskError, MeasureError, MebpError, OutOfMemory, StepPoisoned
 from mebp_compile.measure import transfer
 from mebp_compile.measure.child import run_child
 from mebp_compile.measure.process import limit_data, rss, set_malloc_thresholds
 from mebp_compile.measure.transfer import DiskThread, Ticket
 from mebp_compile.runtime.activations import ActivationStore, Slot
-from mebp_compile.runtime.memory import OutOfMemory
 from mebp_compile.runtime.weights import WeightStore
 from solvers.decode import Decisions, Tables, decode
 from solvers.emit import emit, overlapped, profile, synchronous
