@@ -43,19 +43,29 @@ class Comparison:
         )
 
 
-def compare(step_fn: Callable[..., Any], batch: Any, program: Program, state: State, streamed: Streamed | None) -> Comparison:
-    """Run both from the state as it is, and put it back. `batch` is (args, kwargs). Needs eager's memory, and copies of all state."""
+def compare(
+    step_fn: Callable[..., Any], batch: Any, program: Program, state: State, streamed: Streamed | None, bring_back: Callable[[], None]
+) -> Comparison:
+    """Run both from the state as it is, and put it back, also where one of them fails. `batch` is (args, kwargs). Needs eager's memory, and
+    copies of all state. bring_back: what brings all state into memory after a failure."""
     program.materialise()
     before = snapshot(state)
-    with dense_weights(state, streamed), StorageMeter() as meter:
-        meter.watch(*live_tensors(state))
-        returned = step_fn(*batch[0], **batch[1])
-    wanted = {**_results(returned), **snapshot(state)}
-    restore(state, before)
-    reading = meter_storages(program, pytree.tree_leaves(batch))
-    program.materialise()
-    given = {**_results(reading.result), **snapshot(state)}
-    restore(state, before)
+    try:
+        with dense_weights(state, streamed), StorageMeter() as meter:
+            meter.watch(*live_tensors(state))
+            returned = step_fn(*batch[0], **batch[1])
+        wanted = {**_results(returned), **snapshot(state)}
+    finally:
+        restore(state, before)
+    try:
+        reading = meter_storages(program, pytree.tree_leaves(batch))
+        program.materialise()
+        given = {**_results(reading.result), **snapshot(state)}
+    except BaseException:
+        bring_back()  # whatever there is of a half-made step: what was before is put over it
+        raise
+    finally:
+        restore(state, before)
     names = sorted(wanted.keys() | given.keys())
     different = tuple(name for name in names if not same_bytes(wanted.get(name), given.get(name)))
     plan = program.plan

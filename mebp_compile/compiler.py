@@ -5,6 +5,7 @@ step_fn -> capture -> passes -> lower -> cost -> plan (problem, solve, check, pl
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -31,7 +32,7 @@ from mebp_compile.planning import Plan, build_problem, make_plan
 from mebp_compile.process_budget import checked_baseline_bytes, in_process, left_for_step, own_bytes
 from mebp_compile.runtime.ahead import state_after
 from mebp_compile.runtime.all_state import state_dict
-from mebp_compile.runtime.bind import Streamed, bind_weights
+from mebp_compile.runtime.bind import Streamed, bind_weights, give_back
 from mebp_compile.runtime.guards import batch_tensors, holds, signature
 from mebp_compile.runtime.homes import Homes
 from mebp_compile.runtime.program import Program, load
@@ -81,13 +82,22 @@ def optimize(
     found = find_state(step_fn, state)
     step = CompiledStep(step_fn, found, options, bind_weights(found, weights, options.offload_dir), progress)
     if example is not None:
-        step.prepare(*example)
+        try:
+            step.prepare(*example)
+        except BaseException:
+            give_back(found, step.streamed)
+            raise
     return step
 
 
 def plan(step_fn: Callable[..., Any], budget: int | float | str | Budget, *, example: tuple[Any, ...], **options: Any) -> Plan:
-    """A dry run: the plan of `optimize` with the same arguments. Nothing is allocated for the step, and nothing runs."""
-    return optimize(step_fn, budget, **options).dry_run(*example)
+    """A dry run: the plan of `optimize` with the same arguments. Nothing is allocated for the step, and nothing runs. Weights that a scheme's name
+    quantised for it are in memory again afterwards, dequantised."""
+    step = optimize(step_fn, budget, **options)
+    try:
+        return step.dry_run(*example)
+    finally:
+        give_back(step.state, step.streamed)
 
 
 def build(
@@ -355,7 +365,8 @@ class CompiledStep:
 
     def compare(self, *batch: Any, **kwargs: Any) -> Comparison:
         """Run the user's own step and the compiled one from the same state and compare every byte; both are undone. Needs eager's memory."""
-        return compare(self.step_fn, (batch, kwargs), self.prepare(*batch, **kwargs), self.state, self.streamed)
+        bring_back = functools.partial(self.materialise, force=True)
+        return compare(self.step_fn, (batch, kwargs), self.prepare(*batch, **kwargs), self.state, self.streamed, bring_back)
 
     def save(self, folder: str | Path) -> Path:
         """Write graph, problem, schedule, offsets and program as files, for `mebp check` and `mebp show`; and all state, for `load_lean` and

@@ -80,6 +80,10 @@ class DiskError(MebpError):
     """The disk is full, failed, is not a disk (tmpfs), or can't be read or written."""
 
 
+class OutOfMemory(MebpError, MemoryError):
+    """The system gave no memory, although the plan is inside its budget."""
+
+
 class MeasureError(MebpError):
     """Something could not be measured on this machine."""
 

@@ -130,14 +130,23 @@ def _materialise(store: WeightStore, name: str, parameter: nn.Parameter) -> None
 @contextlib.contextmanager
 def dense_weights(state: State, streamed: Streamed | None) -> Iterator[None]:
     """Inside, streamed parameters hold their dequantised weights, so that the user's own step can run."""
-    held = []
-    for root, path, parameter in state.parameters() if streamed is not None else ():
-        name = streamed.names.get(f"parameter:{root}:{path}") if streamed is not None else None
-        if name is not None and streamed is not None:
-            dense = torch.nn.Parameter(streamed.store.dense(name, parameter.dtype), requires_grad=False)
-            torch_private.exchange(parameter, dense)
-            held.append(parameter)
+    held = list(_made_dense(state, streamed)) if streamed is not None else []
     try:
         yield
     finally:
         become_meta(held)
+
+
+def give_back(state: State, streamed: Streamed | None) -> None:
+    """Before a store that was made for one step goes with it: streamed parameters hold their dequantised weights again, in memory."""
+    if streamed is not None and streamed.temporary:
+        list(_made_dense(state, streamed))
+
+
+def _made_dense(state: State, streamed: Streamed) -> Iterator[nn.Parameter]:
+    """The streamed parameters, each filled with its dequantised weight."""
+    for root, path, parameter in state.parameters():
+        name = streamed.names.get(f"parameter:{root}:{path}")
+        if name is not None:
+            torch_private.exchange(parameter, nn.Parameter(streamed.store.dense(name, parameter.dtype), requires_grad=False))
+            yield parameter

@@ -5,14 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from mebp_compile.errors import MebpError
+from mebp_compile.errors import MebpError, OutOfMemory
 
 SIGNS = ("can't allocate memory", "not enough memory", "bad_alloc", "Cannot allocate memory")
 MEMORY_FIX = "end other programs, lift the process's memory limit, or plan with a smaller budget"
-
-
-class OutOfMemory(MebpError, MemoryError):
-    """The system gave no memory, although the plan is inside its budget."""
 
 
 @contextlib.contextmanager

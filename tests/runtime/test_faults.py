@@ -35,13 +35,12 @@ from torch import nn
 import solvers
 from mebp_compile import compiler
 from mebp_compile.compiler import CompiledStep, optimize
-from mebp_compile.errors import BudgetInfeasible, DiskError, MeasureError, MebpError, StepPoisoned
+from mebp_compile.errors import BudgetInfeasible, DiskError, MeasureError, MebpError, OutOfMemory, StepPoisoned
 from mebp_compile.measure import transfer
 from mebp_compile.measure.child import run_child
 from mebp_compile.measure.process import limit_data, rss, set_malloc_thresholds
 from mebp_compile.measure.transfer import DiskThread, Ticket
 from mebp_compile.runtime.activations import ActivationStore, Slot
-from mebp_compile.runtime.memory import OutOfMemory
 from mebp_compile.runtime.weights import WeightStore
 from solvers.decode import Decisions, Tables, decode
 from solvers.emit import emit, overlapped, profile, synchronous
@@ -305,6 +304,22 @@ def test_a_clean_comparison_finds_no_difference(case: Case, stage: Stage) -> Non
     assert comparison.equal, str(comparison)
     assert comparison.measured_bytes <= comparison.predicted_bytes
     twins.step()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_failing_comparison(case: Case, stage: Stage) -> None:
+    """Whichever read or write of compare() fails, in either step or on the way back: a typed error, the state is that of before, and training
+    goes on."""
+    twins = Twins(case, stage)
+    batch = twins.other.batch(twins.call)
+    with Calls(faults.BROKEN) as counter:
+        twins.compiled.compare(*batch)
+    for number in every(counter.count):
+        with naming(f"call {number} of {counter.count}"):
+            with no_hang(), Calls(faults.BROKEN, number), pytest.raises(MebpError, match="try: "):
+                twins.compiled.compare(*batch)
+            twins.compare()
+            twins.step()
 
 
 @pytest.mark.parametrize("fault", [faults.BROKEN, faults.GONE, faults.FULL, faults.CUT], ids=lambda fault: fault.name)
