@@ -10,11 +10,13 @@ from typing import Any
 
 from mebp_compile.graph import Graph, LoopChoice, Op, block_ops, inputs_of
 from mebp_compile.lower.chunks import block_rows
+from mebp_compile.lower.stream import tile_size
 from mebp_compile.lower.tables import itemsize
 from mebp_compile.overhead import VIEW_BYTES, allocated_bytes
 
 COPY_BYTES_PER_US = 8000
 LINE_US = 2  # what Python needs for a line of the body
+TRIP_US = 20  # and for a tile of a product
 Json = dict[str, Any]
 Requests = dict[str, Json]  # by the name of the body's op
 Cost = tuple[int, int]  # (time in microseconds, workspace in bytes) of one op
@@ -31,7 +33,7 @@ def price_chunks(op: Op, choice: LoopChoice, costs: Mapping[str, Cost]) -> LoopC
     assert op.body is not None
     body, tokens = _at(op.body, choice.trips), int(op.body.name)
     ops = block_ops(op, choice)
-    once = sum(LINE_US + costs.get(each.name, (0, 0))[0] + _copy_us(body, each) for each in ops)
+    once = sum(LINE_US + _time_us(body, each, costs) + _copy_us(body, each) for each in ops)
     blocks = tokens / block_rows(tokens, choice.trips)
     return replace(choice, time_us=int(once * blocks), workspace_bytes=_workspace(body, ops, costs))
 
@@ -40,8 +42,8 @@ def touched_bytes(op: Op, trips: int, name: str) -> int:
     """Bytes of all that one op of a block takes and makes."""
     assert op.body is not None
     body = _at(op.body, trips)
-    part = next(each for each in body.ops if each.name == name)
-    return sum(_bytes(body, each) for each in {*inputs_of(part), *filter(None, part.outputs)} if body.value[each].dtype != "number")
+    touched = {each for part in body.ops if part.name == name for each in (*inputs_of(part), *filter(None, part.outputs))}
+    return sum(_bytes(body, each) for each in touched if body.value[each].dtype != "number")
 
 
 def _at(body: Graph, trips: int) -> Graph:
@@ -52,9 +54,48 @@ def _at(body: Graph, trips: int) -> Graph:
 
 
 def _requests(body: Graph, ask: Callable[[Graph, Op], Json | None]) -> Requests:
-    computed = (op for op in body.ops if op.target == "run.dequantise" or (op.phase == "tile" and op.target.startswith("aten.")))
-    asked = {op.name: ask(body, op) for op in computed}
+    asked: dict[str, Json | None] = {}
+    for op in body.ops:
+        if op.target == "run.product":
+            asked[op.name] = _tile_request(body, op)
+            name, packed = op.args[1:3]
+            asked[f"{op.name}_dequantise"] = ask(body, Op("", "run.dequantise", (name, packed), outputs=(name,)))
+        elif op.target == "run.dequantise" or (op.phase in ("tile", "dense") and op.target.startswith("aten.")):
+            asked[op.name] = ask(body, op)
     return {name: request for name, request in asked.items() if request is not None}
+
+
+def _tile_request(body: Graph, op: Op) -> Json:
+    """The matmul with one tile of a weight."""
+    (rows, inner), size = body.value[op.args[0].name].shape, _tile_columns(body, op)
+    dtype, transposed = body.value[op.args[1]].dtype, op.args[3]
+    first = {"shape": [rows, inner], "dtype": dtype, "fill": "normal"}
+    second = {"shape": [inner, size], "stride": [1, inner] if transposed else [size, 1], "dtype": dtype, "fill": "normal"}
+    return {"target": "aten.mm.default", "args": [{"tensor": first}, {"tensor": second}], "kwargs": {}}
+
+
+def _tile_columns(body: Graph, op: Op) -> int:
+    return tile_size(body.value[op.args[1]].shape[0 if op.args[3] else 1], op.args[4])
+
+
+def _time_us(body: Graph, op: Op, costs: Mapping[str, Cost]) -> int:
+    """Of an op; of a product, of all its tiles and what they are made from."""
+    once_us = costs.get(op.name, (0, 0))[0]
+    if op.target != "run.product":
+        return once_us
+    tiles = -(-body.value[op.args[1]].shape[0 if op.args[3] else 1] // _tile_columns(body, op))
+    copy_us = _bytes(body, op.outputs[0] or "") // COPY_BYTES_PER_US
+    return tiles * (once_us + TRIP_US) + costs.get(f"{op.name}_dequantise", (0, 0))[0] + copy_us
+
+
+def _spare_bytes(body: Graph, op: Op, costs: Mapping[str, Cost]) -> int:
+    """What an op needs while it runs, beside what it makes: of a product, a tile of the weight and of the result."""
+    own = costs.get(op.name, (0, 0))[1]
+    if op.target != "run.product":
+        return own
+    (rows, inner), size = body.value[op.args[0].name].shape, _tile_columns(body, op)
+    width = itemsize(body.value[op.args[1]].dtype)
+    return own + allocated_bytes(inner * size * width) + allocated_bytes(rows * size * width) + 4 * VIEW_BYTES
 
 
 def _copy_us(body: Graph, op: Op) -> int:
@@ -77,7 +118,7 @@ def _workspace(body: Graph, ops: tuple[Op, ...], costs: Mapping[str, Cost]) -> i
         view = op.phase == "view" or (op.phase == "weight" and op.target != "run.dequantise")
         for name in filter(None, op.outputs):
             live[name] = VIEW_BYTES if view else allocated_bytes(_bytes(body, name))
-        most = max(most, sum(live.values()) + costs.get(op.name, (0, 0))[1])
+        most = max(most, sum(live.values()) + _spare_bytes(body, op, costs))
         if op.target == "tile.free":
             for arg in op.args:
                 live.pop(arg.name)

@@ -185,12 +185,12 @@ def map_refs(arg: Arg, rename: dict[str, Arg]) -> Arg:
     return arg
 
 
-def block_ops(op: Op, choice: LoopChoice | None = None) -> tuple[Op, ...]:
-    """What a region in blocks of tokens does under one of its choices (none: whole): it makes its streamed weights itself where the choice does
-    not read them dense."""
+def block_ops(op: Op, choice: LoopChoice) -> tuple[Op, ...]:
+    """What a region in blocks of tokens does under one of its choices: it makes its streamed weights itself where the choice does not read them
+    dense."""
     assert op.body is not None
-    makes_weights = choice is not None and not set(op.reads) <= set(choice.reads)
-    return tuple(part for part in op.body.ops if makes_weights or part.phase != "weight")
+    left_out = ("weight", "packed") if set(op.reads) <= set(choice.reads) else ("dense",)
+    return tuple(part for part in op.body.ops if part.phase not in left_out)
 
 
 def versions(graph: Graph) -> tuple[list[dict[int, int]], list[int]]:

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field, replace
 
 from mebp_compile.graph import CHUNKS, Const, Graph, Op, Ref, Value, inputs_of, map_refs
 from mebp_compile.lower.rows import ROWS, SUM, Rows, Split, block_shape
+from mebp_compile.lower.tables import itemsize
 
 TILE = Ref("tile")
+TILE_BYTES = 2 << 20  # of a weight that a product makes at a time
 
 
 @dataclass
@@ -119,14 +121,18 @@ class Body:
 
 
 def with_weights(body: Graph, graph: Graph, weights: Mapping[str, tuple[Value, Value]]) -> Graph:
-    """The body with ops of phase "weight", which make a streamed weight just before each use and let go of it after: what a block does where
-    the dense weights are not in memory. `weights`: (dense, packed) by the dense weight's name."""
+    """The body with what a block does where the dense weights are not in memory: ops of phase "packed" and "weight", instead of those of phase
+    "dense". A product with a weight makes it a tile at a time; any other use makes it whole before and lets go of it after. `weights`:
+    (dense, packed) by the dense weight's name."""
     dense = {value.storage: value.name for value, _ in weights.values()}
     ops: list[Op] = []
     for op in body.ops:
-        used = [name for name in inputs_of(op) if name in graph.value and graph.storage_of(name) in dense and name in body.inputs]
+        product = _product(op, graph, weights)
+        if product is not None:
+            ops += [replace(op, phase="dense"), product]
+            continue
         made: dict[str, None] = {}
-        for name in used:
+        for name in (name for name in inputs_of(op) if name in body.inputs and graph.storage_of(name) in dense):
             ops += _made_weight(name, graph, weights, made)
         ops.append(op)
         if made:
@@ -134,6 +140,23 @@ def with_weights(body: Graph, graph: Graph, weights: Mapping[str, tuple[Value, V
     values = {value.name: value for value in (*body.values, *(value for pair in weights.values() for value in pair))}
     inputs = dict.fromkeys((*body.inputs, *(packed.name for _, packed in weights.values())))
     return replace(body, ops=tuple(ops), values=tuple(values.values()), inputs=tuple(inputs))
+
+
+def _product(op: Op, graph: Graph, weights: Mapping[str, tuple[Value, Value]]) -> Op | None:
+    """The matmul with a weight, or its transpose, that takes it packed; None for anything else."""
+    if op.target != "aten.mm.default":
+        return None
+    name = op.args[1].name
+    view = graph.view.get(name)
+    transposed = view is not None and view.target == "aten.t.default"
+    source = view.args[0].name if view is not None and transposed else name
+    if source not in weights or len(weights[source][0].shape) != 2:
+        return None
+    dense, packed = weights[source]
+    width = dense.shape[0] if transposed else dense.shape[1]
+    columns = max(1, TILE_BYTES // (itemsize(dense.dtype) * (dense.shape[1] if transposed else dense.shape[0])))
+    args = (op.args[0], source, Ref(packed.name), transposed, -(-width // columns))
+    return replace(op, name=f"{op.name}_product", target="run.product", args=args, phase="packed")
 
 
 def _made_weight(name: str, graph: Graph, weights: Mapping[str, tuple[Value, Value]], made: dict[str, None]) -> list[Op]:

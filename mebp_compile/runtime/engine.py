@@ -263,6 +263,17 @@ class Engine:
         assert self.homes is not None
         return self.homes.homes.look_up(self.tables[name], ids, out)
 
+    def product(self, x: torch.Tensor, name: str, packed: torch.Tensor, transposed: bool, trips: int) -> torch.Tensor:
+        """x times a weight whose record is in memory, or times its transpose: the weight is made in `trips` tiles, one at a time."""
+        assert self.weights is not None
+        rows, columns = self.weights.packed(name, packed).shape
+        width = rows if transposed else columns
+        result = x.new_empty(x.shape[0], width)
+        for tile in self.tiles(width, trips):
+            matrix = self.rows(name, packed, tile).t() if transposed else self.columns(name, packed, tile)
+            result[:, tile] = torch.mm(x, matrix)
+        return result
+
     # --- the tiled loss ---
 
     cross_entropy_begin = staticmethod(cross_entropy.begin)
