@@ -9,11 +9,13 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=off", "-Wall", "-Wextra"]
-LIBRARIES = {  # shared library: (C source, libraries to link)
-    "mebp_compile.quant._dequantise": ("mebp_compile/quant/kernels/dequantise.c", []),
-    "mebp_compile.kernels._cross_entropy": ("mebp_compile/kernels/cross_entropy.c", ["m"]),
-    "mebp_compile.measure._malloc_meter": ("mebp_compile/measure/malloc_meter.c", ["dl", "pthread"]),
+FLAGS = ["-O3", "-std=gnu11", "-Wall", "-Wextra"]
+SAME, FUSED = "-ffp-contract=off", "-ffp-contract=fast"  # the same bits on every processor, or a multiplication and a sum in one instruction
+LIBRARIES = {  # shared library: (C source, libraries to link, how products and sums are rounded)
+    "mebp_compile.quant._dequantise": ("mebp_compile/quant/kernels/dequantise.c", [], SAME),
+    "mebp_compile.kernels._cross_entropy": ("mebp_compile/kernels/cross_entropy.c", ["m"], SAME),
+    "mebp_compile.kernels._fused": ("mebp_compile/kernels/fused.c", ["m"], FUSED),
+    "mebp_compile.measure._malloc_meter": ("mebp_compile/measure/malloc_meter.c", ["dl", "pthread"], SAME),
 }
 
 
@@ -31,8 +33,11 @@ def extensions() -> list[Extension]:
     """One optional extension for each source that exists."""
     root = Path(__file__).resolve().parent
     return [
-        Extension(name, [source], libraries=libraries, extra_compile_args=FLAGS, optional=True)
-        for name, (source, libraries) in LIBRARIES.items()
+        Extension(
+            name, [source], libraries=libraries, extra_compile_args=[*FLAGS, rounding],
+            depends=[str(path) for path in (root / source).parent.glob("*.h")], optional=True,
+        )
+        for name, (source, libraries, rounding) in LIBRARIES.items()
         if (root / source).exists()
     ]
 

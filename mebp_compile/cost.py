@@ -109,7 +109,7 @@ def _request(graph: Graph, op: Op, records: dict[str, Record]) -> Json | None:
         "kwargs": {key: _encode(graph, arg) for key, arg in op.kwargs},
         "between_bytes": BETWEEN_BYTES,
     }
-    if op.out and op.out_target.startswith("aten."):
+    if op.out and op.out_target.startswith(("aten.", "mebp.")):
         request |= {"target": op.out_target, "out": [_tensor(graph.value[name or ""]) for name in op.outputs], "out_names": list(op.out)}
     return request
 
@@ -207,7 +207,7 @@ def fingerprint() -> Json:
 
 def _kernels() -> list[bool]:
     """Which of the C libraries are built: without one its ops take another time."""
-    return [quant.native.library() is not None, kernels.native.library() is not None]
+    return [owner.library() is not None for owner in (quant.native, kernels.native, kernels.fused)]
 
 
 def _lines(path: str) -> list[str]:

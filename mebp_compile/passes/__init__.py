@@ -1,7 +1,8 @@
 """Passes: fx -> fx, above the line. They may change the arithmetic, each within the numerics tier that it declares.
 
 A pass is one file with `TIER`, `run(module) -> notes`, which rewrites the graph of the module in place and says, a sentence a place, what it did or
-why a place that it looks for could not be rewritten, and `applies(module)`, which tells without changing anything whether it would.
+why a place that it looks for could not be rewritten, `applies(module)`, which tells without changing anything whether it would, and `SAVES_MEMORY`:
+whether a budget that is refused may fit with it (the others save time).
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from __future__ import annotations
 import torch
 
 from mebp_compile.config import TIERS
-from mebp_compile.passes import tiled_loss
+from mebp_compile.passes import gated_units, low_rank, tiled_loss
 
-PASSES = (tiled_loss,)
+PASSES = (tiled_loss, low_rank, gated_units)
 
 
 def better_tier(module: torch.fx.GraphModule, tier: str) -> str:
-    """What to ask for so that more passes apply, as advice; empty if none would."""
-    above = [step for step in PASSES if TIERS.index(step.TIER) > TIERS.index(tier) and step.applies(module)]
+    """What to ask for so that a smaller budget may do, as advice; empty if no other pass would help."""
+    above = [step for step in PASSES if step.SAVES_MEMORY and TIERS.index(step.TIER) > TIERS.index(tier) and step.applies(module)]
     return ", ".join(f'numerics="{step.TIER}" ({step.__name__.rpartition(".")[2]})' for step in above)
 
 

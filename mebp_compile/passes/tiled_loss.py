@@ -21,6 +21,7 @@ from mebp_compile.kernels.cross_entropy import ROWS
 from mebp_compile.passes.loss_pattern import Loss, NotHere, match, places
 
 TIER = "reassociate"
+SAVES_MEMORY = True
 aten, mebp = torch.ops.aten, torch.ops.mebp
 
 

@@ -15,14 +15,14 @@ from torch import nn
 from mebp_compile.capture import capture, find_state
 from mebp_compile.compiler import optimize
 from mebp_compile.errors import BudgetInfeasible
-from mebp_compile.passes import run_passes
+from mebp_compile.passes import run_passes, tiled_loss
 from mebp_compile.runtime.metering import meter_storages
 
 
-def notes_of(training: Training, tier: str = "reassociate") -> tuple[list[str], set[str]]:
-    """The notes of the passes, and the ops of the step after them."""
+def notes_of(training: Training) -> tuple[list[str], set[str]]:
+    """The notes of the pass, and the ops of the step after it."""
     traced = capture(training.step, find_state(training.step, None), training.batch(0), {})
-    notes = run_passes(traced.module, tier)
+    notes = tiled_loss.run(traced.module)
     traced.module.graph.lint()
     return notes, {str(node.target) for node in traced.module.graph.nodes}
 
@@ -40,9 +40,10 @@ def test_the_logits_of_a_language_model_go(family: str, lora: str | None) -> Non
 
 def test_the_exact_tier_changes_nothing() -> None:
     """Below the tier no pass runs."""
-    notes, ops = notes_of(Recipe("qwen2").build(), "exact")
-    assert not notes
-    assert not [op for op in ops if op.startswith("mebp")]
+    training = Recipe("qwen2", lora="model").build()
+    traced = capture(training.step, find_state(training.step, None), training.batch(0), {})
+    assert not run_passes(traced.module, "exact")
+    assert not [node for node in traced.module.graph.nodes if str(node.target).startswith("mebp")]
 
 
 def test_returned_logits_stay_and_the_note_says_so() -> None:

@@ -1,0 +1,50 @@
+"""The sum with a low-rank product, in one walk: `mebp::add_low_rank(base, a, b, alpha, other)` = base + other + alpha a b.
+
+LoRA adds such a product to each linear layer, forward (base: what the frozen weight gives) and backward (base: the gradient through it), and a
+residual or another layer's gradient (`other`) is usually added to that. One walk reads base and other and writes the sum; the wide product never
+exists. Tier "reassociate": products and sums are fp32 and rounded once, where the chain of ops rounds the product, its multiple and each sum, so
+that the error against float64 is one rounding to the dtype of base.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mebp_compile.kernels import fused
+
+_LIBRARY: Any = torch.library.Library("mebp", "FRAGMENT")  # type: ignore[no-untyped-call]
+_ARGUMENTS = "Tensor base, Tensor a, Tensor b, float alpha, Tensor? other"
+_LIBRARY.define(f"add_low_rank({_ARGUMENTS}) -> Tensor")
+_LIBRARY.define(f"add_low_rank.out({_ARGUMENTS}, *, Tensor(a!) out) -> Tensor(a!)")
+
+
+def add_low_rank(base: Tensor, a: Tensor, b: Tensor, alpha: float, other: Tensor | None = None) -> Tensor:
+    """Like base [..., columns]. a: [rows, rank], b: [rank, columns], of one dtype, bf16 or fp32; other: like base. rows: of base, all but its
+    last dimension together."""
+    return add_low_rank_out(base, a, b, alpha, other, out=torch.empty_like(base, memory_format=torch.contiguous_format))
+
+
+def add_low_rank_out(base: Tensor, a: Tensor, b: Tensor, alpha: float, other: Tensor | None, *, out: Tensor) -> Tensor:
+    """The same into `out`, contiguous."""
+    if b.shape[0] > fused.MOST_RANK or a.dtype != b.dtype or not fused.takes(base, a, b, other):
+        return in_torch(base, a, b, alpha, other, out)
+    fused.add_low_rank(base.contiguous(), a, b, alpha, None if other is None else other.contiguous(), out)
+    return out
+
+
+def in_torch(base: Tensor, a: Tensor, b: Tensor, alpha: float, other: Tensor | None, out: Tensor) -> Tensor:
+    """The twin of the C kernel."""
+    total = torch.mm(a.float(), b.float()).mul_(alpha).view(base.shape).add_(base)
+    return out.copy_(total if other is None else total.add_(other))
+
+
+def _shape(base: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(base, memory_format=torch.contiguous_format)
+
+
+_LIBRARY.impl("add_low_rank", add_low_rank, "CPU")
+_LIBRARY.impl("add_low_rank", _shape, "Meta")
+_LIBRARY.impl("add_low_rank.out", add_low_rank_out, "CPU")

@@ -1,0 +1,120 @@
+"""What passes over elementwise ops share: looking through views, putting one op in the place of others, and dropping what nothing uses.
+
+A node that is replaced hands its fake value on to the op that takes its place, so that views of it stay views of the same storage.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from mebp_compile import torch_private
+
+aten = torch.ops.aten
+SAME = (aten.view.default, aten._unsafe_view.default, aten.detach.default, aten.alias.default)  # the same numbers in the same order
+VIEWS = (*SAME, aten.t.default, aten.transpose.int, aten.expand.default, aten.unsqueeze.default)
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+class NotHere(Exception):
+    """Why a place can't be rewritten."""
+
+
+def is_op(node: Any, *targets: Any) -> bool:
+    return isinstance(node, Node) and node.target in targets
+
+
+def value(node: Node) -> torch.Tensor:
+    """The node's fake value."""
+    made: torch.Tensor = node.meta["val"]
+    return made
+
+
+def source(node: Any) -> Any:
+    """What a chain of reshaping views shows."""
+    while is_op(node, *SAME):
+        node = node.args[0]
+    return node
+
+
+def only_source(node: Any) -> Any:
+    """The same, as long as the node and each one on the way has no other use; None where one has."""
+    while isinstance(node, Node) and len(node.users) == 1:
+        if node.target not in SAME:
+            return node
+        node = node.args[0]
+    return None
+
+
+def other_argument(node: Node, one: Any) -> Any:
+    """Of the two arguments of a sum or product the one that is not `one`."""
+    return node.args[1] if node.args[0] is one else node.args[0]
+
+
+def is_number(item: Any) -> bool:
+    return isinstance(item, (int, float)) and not isinstance(item, bool)
+
+
+def alike(*nodes: Any) -> bool:
+    """Whether these are contiguous tensors of one shape and one dtype that the kernels take."""
+    fakes = [value(node) for node in nodes if isinstance(node, Node)]
+    first = fakes[0]
+    same = all(fake.shape == first.shape and fake.dtype == first.dtype and fake.is_contiguous() for fake in fakes)
+    return same and len(fakes) == len(nodes) and first.dtype in DTYPES and first.numel() > 0
+
+
+def put(before: Node, target: Any, args: tuple[Any, ...], replaced: Node) -> Node:
+    """A call in front of `before`, in the place of `replaced`: of its module, line, phase and geometry."""
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(target, args)
+    node.meta = dict(replaced.meta)
+    replaced.replace_all_uses_with(node)
+    return node
+
+
+def put_several(before: Node, target: Any, args: tuple[Any, ...], replaced: tuple[Node, ...]) -> Node:
+    """The same for an op with several results, each in the place of one node."""
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(target, args)
+        node.meta = {**replaced[0].meta, "val": tuple(value(each) for each in replaced)}
+        for index, each in enumerate(replaced):
+            part = before.graph.call_function(operator.getitem, (node, index))
+            part.meta = dict(each.meta)
+            each.replace_all_uses_with(part)
+    return node
+
+
+def fresh(node: Node) -> None:
+    """Give a node a fake value of its own, of the geometry that it had, where the old one now is another node's."""
+    old = value(node)
+    node.meta["val"] = torch_private.dense_fake(torch_private.mode_of(old), old)
+
+
+def refresh_views(node: Node) -> None:
+    """Views of what a node made before are views of what it makes now."""
+    for user in node.users:
+        if user.target in VIEWS:
+            with torch_private.mode_of(value(node)):
+                user.meta["val"] = user.target(*torch.fx.map_arg(user.args, lambda arg: arg.meta["val"]))
+            refresh_views(user)
+
+
+def drop(nodes: Iterable[Node]) -> None:
+    """Erase those of the nodes that nothing uses, and then what only they used; ops that write or draw random numbers stay."""
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node.users or node.op != "call_function" or getattr(node, "_erased", False) or not _pure(node.target):
+            continue
+        pending += node.all_input_nodes
+        node.graph.erase_node(node)
+
+
+def _pure(target: Any) -> bool:
+    if target is operator.getitem:
+        return True
+    return isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable and not torch_private.is_random(target)
