@@ -11,6 +11,7 @@ from pathlib import Path
 from solvers import bench
 from solvers.baselines import keep_all
 from solvers.check import Report, ScheduleError, replay
+from solvers.picture import picture
 from solvers.problem import Problem, ProblemError, read_problem
 from solvers.schedule import Schedule, format, format_bytes
 from solvers.solve import EFFORTS, Infeasible, solve
@@ -52,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     solving.add_argument("--seed", type=int, default=0)
     solving.add_argument("--out", type=Path, help="write the schedule here as JSON")
     solving.add_argument("--steps", action="store_true", help="print every step")
+    solving.add_argument("--picture", action="store_true", help="draw memory over the steps, and what is run again, written and read")
     checking = commands.add_parser("check", help="replay a schedule")
     checking.add_argument("problem", type=Path)
     checking.add_argument("schedule", type=Path)
@@ -115,6 +117,7 @@ def _run(arguments: argparse.Namespace) -> str:
         f"gap      {100 * solution.gap:.2f} % above the bound of {solution.bound_us / 1e6:.6f} s (any schedule)",
         f"method   {solution.method}",
     ]
+    lines += [picture(problem, solution.schedule)] if arguments.picture else []
     return "\n".join(lines + ([format(solution.schedule, problem)] if arguments.steps else []))
 
 

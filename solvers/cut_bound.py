@@ -53,7 +53,9 @@ NOTHING = Way()
 SCALE = 1000  # capacities are integers: rounding down keeps the bound a bound
 ENDLESS = 1 << 50
 ROUNDS = 40  # evaluations of the dual for each separator
-SEPARATORS = 4
+SEPARATORS = 4  # near the border of forward and backward
+PEAKS = 6  # elsewhere
+APART = 0.02  # of all ops
 SPAN = (12, 60)  # ops before and after the border of forward and backward
 CLOSE = 1e-5
 
@@ -84,6 +86,7 @@ class _Bound:
         self.base_bytes = problem.constant_bytes + sum(problem.storages[s].size_bytes for s in self.pinned)
         self.ways = [self.fitting(op) for op in problem.ops]
         self.least_us = [min((op.choices[k].time_us for k in ks), default=0) for op, ks in zip(problem.ops, self.ways, strict=True)]
+        self.ended_bytes = self.base_bytes + bytes_of(problem, {s for s, info in enumerate(problem.storages) if info.output} - self.pinned)
         self.base_us = sum(t for t, op in zip(self.least_us, problem.ops, strict=True) if not op.optional)
         self.ancestors = self.find_ancestors()
 
@@ -140,13 +143,37 @@ class _Bound:
         return result
 
     def separators(self) -> list[int]:
-        """Ops near the border of forward and backward: those that need most bytes alone. In a small problem any op."""
+        """Ops where memory is short: near the border of forward and backward those that need most bytes alone (in a small problem any op), and
+        the largest peaks of base order, some distance apart."""
         count, ops = len(self.problem.ops), self.problem.ops
         border = next((k for k, op in enumerate(ops) if op.phase == "backward"), count // 2)
         low, high = (border - SPAN[0], border + SPAN[1]) if count > SPAN[1] else (0, count)
-        near = [op for op in range(max(0, low), min(high, count)) if not ops[op].optional and self.ancestors[op]]
+        able = [op for op in range(count) if not ops[op].optional and self.ancestors[op]]
+        near = [op for op in able if low <= op < high]
         least = {op: min(self.alone(ops[op], ops[op].choices[k]) for k in self.ways[op]) for op in near}
-        return sorted(near, key=lambda op: (-least[op], op))[:SEPARATORS]
+        chosen = sorted(near, key=lambda op: (-least[op], op))[:SEPARATORS]
+        live = self.live_in_order()
+        for op in sorted(able, key=lambda op: (-live[op], op)):
+            if len(chosen) >= SEPARATORS + PEAKS:
+                break
+            if all(abs(op - other) > count * APART for other in chosen):
+                chosen.append(op)
+        return chosen
+
+    def live_in_order(self) -> list[int]:
+        """For every op the bytes that live while it runs in base order, of what the step makes, and its least workspace."""
+        ops, size = self.problem.ops, self.tables.size
+        last = {s: k for k, op in enumerate(ops) for s in (*op.creates, *op.writes, *(s for c in op.choices for s in c.reads))}
+        leaving: list[list[int]] = [[] for _ in ops]
+        for s, k in last.items():
+            if self.tables.created_by[s] >= 0 and not self.problem.storages[s].output:
+                leaving[k].append(s)
+        live, result = 0, []
+        for op, gone in zip(ops, leaving, strict=True):
+            live += sum(size[s] for s in op.creates)
+            result.append(live + min(c.workspace_bytes for c in op.choices))
+            live -= sum(size[s] for s in gone)
+        return result
 
     def needs(self, separator: int) -> Needs:
         """The graph of what is needed after the separator."""
@@ -154,8 +181,9 @@ class _Bound:
         op = self.problem.ops[separator]
         least = self.least_us[separator]
         held: set[int] = set.intersection(*({*op.choices[k].reads, *op.writes} for k in self.ways[separator]))
-        for k in self.ways[separator]:
-            room = self.problem.budget_bytes - self.base_bytes - self.alone(op, op.choices[k]) + bytes_of(self.problem, held - self.pinned)
+        taken = self.base_bytes + bytes_of(self.problem, {*held, *op.creates} - self.pinned)
+        for k in self.ways[separator]:  # what only some of its ways read may be kept for later too, so it is left to the room
+            room = self.problem.budget_bytes - taken - op.choices[k].workspace_bytes
             result.choices.append((op.choices[k].time_us - least, room))
         before = {k for k in range(len(self.problem.ops)) if self.ancestors[separator] >> k & 1}
         early = {s for k in (*before, separator) for s in self.sources(k)}
@@ -290,7 +318,8 @@ def _meet(needs: Needs, prices: Prices) -> tuple[float, Way]:
 
 
 def _home_room(bound: _Bound) -> int:
-    return bound.problem.budget_bytes - bound.base_bytes
+    """Bytes for what is at home in memory: at the end of the step it is there beside the outputs."""
+    return bound.problem.budget_bytes - bound.ended_bytes
 
 
 def _next_prices(bound: _Bound, planes: list[Way], penalty: int, room: int, most: float) -> tuple[Prices, float]:

@@ -154,8 +154,12 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, foreach=False)
 
 
-def momentum(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, foreach=False)
+def momentum(model: nn.Module, first_step: bool = False) -> torch.optim.Optimizer:
+    """SGD whose momentum exists already, but in the first step, which makes it."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, foreach=False)
+    for parameter in model.parameters() if not first_step else ():
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def hugging_face(kind: str, config: Any, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
@@ -358,7 +362,7 @@ class MoeModel(nn.Module):
         return self.head(x)
 
 
-def moe() -> Step:
+def moe(first_step: bool = False) -> Step:
     """4 layers of 8 experts, one sequence of 512, bf16, SGD with momentum; parameters, moments and activations may go to disk."""
     with _parameters_on_meta():
         model = MoeModel().to(torch.bfloat16).train()
@@ -366,12 +370,12 @@ def moe() -> Step:
     def loss_of(model: nn.Module, tokens: torch.Tensor) -> Any:
         return functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
 
-    return Step(training(model, momentum(model), loss_of), (ids(1, 512),), offload=True)
+    return Step(training(model, momentum(model, first_step), loss_of), (ids(1, 512),), offload=True)
 
 
 STEPS: dict[str, Callable[[], Step]] = {
     "qwen2.5-0.5b-lora": qwen_lora, "qwen2.5-0.5b-full": qwen_full, "gemma3-1b-6-layers": gemma3, "gpt2": gpt2, "vit-base": vit,
-    "resnet-50": resnet50, "unet": unet, "t5-small": t5, "moe-4-layers": moe,
+    "resnet-50": resnet50, "unet": unet, "t5-small": t5, "moe-4-layers": moe, "moe-4-layers-first-step": lambda: moe(first_step=True),
 }  # fmt: skip
 
 
