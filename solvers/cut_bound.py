@@ -89,6 +89,7 @@ class _Bound:
         self.ended_bytes = self.base_bytes + bytes_of(problem, {s for s, info in enumerate(problem.storages) if info.output} - self.pinned)
         self.base_us = sum(t for t, op in zip(self.least_us, problem.ops, strict=True) if not op.optional)
         self.ancestors = self.find_ancestors()
+        self.used = {s for k, op in enumerate(problem.ops) if not op.optional for s in self.sources(k)}
 
     def fitting(self, op: Op) -> list[int]:
         """Choices that fit the budget alone."""
@@ -187,11 +188,12 @@ class _Bound:
             result.choices.append((op.choices[k].time_us - least, room))
         before = {k for k in range(len(self.problem.ops)) if self.ancestors[separator] >> k & 1}
         early = {s for k in (*before, separator) for s in self.sources(k)}
-        graph = _Graph(self, result, before, early, held)
+        graph = _Graph(self, result, separator, before, early, held)
         for k, bits in enumerate(self.ancestors):
             if bits >> separator & 1 and not self.problem.ops[k].optional:
                 graph.require(0, k)
         self.at_home(result, early)
+        self.used_anywhere(result, early)
         self.made_early(result, before)
         return result
 
@@ -204,6 +206,12 @@ class _Bound:
                 home, _ = needs.node("home", s)
                 needs.arcs.append((0, home, (Way(home_bytes=self.tables.size[s]),)))
                 needs.arcs.append((home, 1, (self.read(s, s in self.tables.written),)))
+
+    def used_anywhere(self, needs: Needs, early: set[int]) -> None:
+        """What is used neither before the separator nor by what must follow it is at home in memory too, or read once."""
+        for s in sorted(self.used - self.pinned - early):
+            if self.tables.may_leave[s] and ("value", s, 0) not in needs.nodes:
+                needs.loose.append((Way(home_bytes=self.tables.size[s]), self.read(s, s in self.tables.written)))
 
     def made_early(self, needs: Needs, before: set[int]) -> None:
         """Optional ops that run before the separator, or the slower ways of the ops that wish for them."""
@@ -229,8 +237,9 @@ class _Bound:
 class _Graph:
     """Builds the graph of one separator. before: its ancestors. early: persistent storages used by them. held: in memory anyway."""
 
-    def __init__(self, bound: _Bound, needs: Needs, before: set[int], early: set[int], held: set[int]) -> None:
-        self.bound, self.needs_, self.before, self.early, self.held = bound, needs, before, early, held
+    def __init__(self, bound: _Bound, needs: Needs, separator: int, before: set[int], early: set[int], held: set[int]) -> None:
+        self.bound, self.needs_, self.separator = bound, needs, separator
+        self.before, self.early, self.held = before, early, held
         self.stack: list[tuple[int, int]] = []
 
     def require(self, tail: int, op: int) -> None:
@@ -249,15 +258,18 @@ class _Graph:
         """An arc from the tail to the value's node; instead: what costs less than it, perhaps."""
         bound, (s, version) = self.bound, value
         info, producer = bound.problem.storages[s], bound.tables.producer.get(value, -1)
-        made = producer in self.before or (producer >= 0 and bound.problem.ops[producer].optional)
-        if s in bound.pinned or s in self.held or not (made or (producer < 0 and info.movable)):
+        if s in bound.pinned or s in self.held or (producer < 0 and not info.movable):
             return
-        if producer >= 0 and (info.persistent or not made):
+        if producer >= 0 and (info.persistent or (not bound.problem.ops[producer].optional and self.comes_later(producer))):
             return
         node, fresh = self.needs_.node("value", s, version)
         self.needs_.arcs.append((tail, node, instead))
         if fresh:
             self.provide(node, value, producer)
+
+    def comes_later(self, op: int) -> bool:
+        """The op is the separator, or never runs before it."""
+        return op == self.separator or bool(self.bound.ancestors[op] >> self.separator & 1)
 
     def provide(self, node: int, value: Value, producer: int) -> None:
         """Keep the value, read it, or run its producer again."""
@@ -278,13 +290,14 @@ class _Graph:
         if bound.tables.may_spill[s]:
             ways.append(bound.read(s, True))
         again = bound.problem.ops[producer]
-        if not again.rerunnable and not again.optional:
+        if producer in self.before and not again.rerunnable and not again.optional:
             self.needs_.arcs.append((node, 1, tuple(ways)))
             return
         run, fresh = self.needs_.node("run", producer)
         self.needs_.arcs.append((node, run, tuple(ways)))
         if fresh:
-            self.needs_.arcs.append((run, 1, (Way(compute_us=bound.least_us[producer]),)))
+            if producer in self.before or again.optional:  # what may as well run after the separator first costs nothing but its inputs
+                self.needs_.arcs.append((run, 1, (Way(compute_us=bound.least_us[producer]),)))
             self.stack.append((run, producer))
 
 
@@ -346,7 +359,7 @@ def _next_prices(bound: _Bound, planes: list[Way], penalty: int, room: int, most
 def _maximise(bound: _Bound, needs: Needs, penalty: int, room: int, planes: list[Way]) -> float:
     """The best bound of one separator, run in one of its ways."""
     best = float(bound.base_us + penalty)
-    most = 10.0 * (bound.base_us + 1) / 1e4  # us per byte, far above any that pays
+    most = 10.0 * (bound.base_us + 1) / min(1e4, bound.problem.budget_bytes + 1)  # us per byte, far above any that pays
     for _ in range(ROUNDS):
         prices, top = _next_prices(bound, planes, penalty, room, most) if planes else (Prices(), math.inf)
         if top <= best * (1 + CLOSE):

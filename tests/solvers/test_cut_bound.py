@@ -95,3 +95,29 @@ def optimum(problem: Problem) -> int:
     least = optimum_us(problem, 10**6)
     assert least is not None
     return least
+
+
+def test_what_runs_at_any_time_needs_its_inputs() -> None:
+    """An op of the backward that doesn't depend on the loss may run late, but then what it reads is kept or made again."""
+    b = Builder()
+    batch = b.storage("batch", 1, persistent=True, movable=False)
+    hidden, logits, gradient, cube = (b.storage(name, size) for name, size in (("hidden", 50), ("logits", 100), ("gradient", 100), ("cube", 50)))
+    b.op("layer", [batch], [hidden], 20)
+    b.op("head", [hidden], [logits], 5)
+    b.op("loss", [logits], [gradient], 5, phase="backward")
+    b.op("cube", [hidden], [cube], 1, phase="backward")
+    b.op("back", [gradient, cube], [b.storage("out", 1, output=True)], 9, phase="backward")
+    problem = b.problem(211, can_offload=False)
+    assert roofline_us(problem) == 40 < lower_bound_us(problem) <= optimum(problem)
+
+
+def test_every_home_counts() -> None:
+    """A persistent storage that neither the loss nor what follows it uses must be read too where it is not at home in memory."""
+    b = Builder()
+    weights = [b.storage(f"weight{k}", 100, persistent=True) for k in range(3)]
+    outs = [b.storage(f"out{k}", 1, output=True) for k in range(3)]
+    for k in range(3):
+        b.op(f"use{k}", [weights[k]], [outs[k]], 10)
+    b.op("loss", [outs[0]], [b.storage("loss", 1)], 10)
+    problem = b.problem(150, read_bytes_per_us=1.0, latency_us=0, interference=1.0)
+    assert roofline_us(problem) + 150 <= lower_bound_us(problem) <= solve(problem, "fast").report.time_us
