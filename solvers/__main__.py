@@ -1,4 +1,4 @@
-"""Command line: `python -m solvers solve problem.json --budget 60%` and `... check problem.json schedule.json`."""
+"""Command line: `python -m solvers solve problem.json --budget 60%`, `... check problem.json schedule.json`, `... bench`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from solvers import bench
 from solvers.baselines import keep_all
 from solvers.check import Report, ScheduleError, replay
-from solvers.problem import Problem, ProblemError
+from solvers.picture import picture
+from solvers.problem import Problem, ProblemError, read_problem
 from solvers.schedule import Schedule, format, format_bytes
 from solvers.solve import EFFORTS, Infeasible, solve
 
@@ -51,16 +53,58 @@ def _parser() -> argparse.ArgumentParser:
     solving.add_argument("--seed", type=int, default=0)
     solving.add_argument("--out", type=Path, help="write the schedule here as JSON")
     solving.add_argument("--steps", action="store_true", help="print every step")
+    solving.add_argument("--picture", action="store_true", help="draw memory over the steps, and what is run again, written and read")
     checking = commands.add_parser("check", help="replay a schedule")
     checking.add_argument("problem", type=Path)
     checking.add_argument("schedule", type=Path)
     checking.add_argument("--budget", help="instead of the problem's")
+    _add_bench(commands.add_parser("bench", help="run the instance suite against the best values known"))
     return parser
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--instances", type=Path, default=Path("tests/instances"), help="folder of problems and best.json")
+    parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="instances whose name contains it; may be repeated")
+    parser.add_argument("--effort", choices=EFFORTS, default="balanced")
+    parser.add_argument("--time-limit", type=float, default=60.0, help="seconds for each instance")
+    parser.add_argument("--update", action="store_true", help="write what is better into best.json")
+    parser.add_argument("--add", type=Path, metavar="PROBLEM", help="first add entries of this problem, which lies in the folder")
+    parser.add_argument("--shares", default="0.1,0.3,0.6", help="of --add: budgets between the smallest found (0) and keep-all's (1)")
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    """Run the suite, a line each; 1 where a value is worse than the record or a bound crosses a value."""
+    folder: Path = arguments.instances
+    if arguments.add:
+        _add_entries(folder, arguments.add, [float(share) for share in arguments.shares.split(",")])
+    entries = {entry.name: entry for entry in bench.read_entries(folder)}
+    chosen = [name for name in entries if not arguments.only or any(text in name for text in arguments.only)]
+    if not chosen:
+        raise bench.BenchError(f"no instance is called so: {', '.join(arguments.only)}; there are {', '.join(entries)}")
+    print(f"{bench.machine_line()}\n{bench.HEAD}", flush=True)
+    faults = []
+    for name in chosen:
+        row = bench.run(folder, entries[name], arguments.effort, arguments.time_limit)
+        faults += [f"{name}: {fault}" for fault in row.faults()]
+        print(bench.row_line(row, len(bench.problem_of(folder, row.entry).ops)), flush=True)
+        if arguments.update:
+            entries[name] = bench.updated(row)
+            bench.write_entries(folder, entries.values())
+    print("\n".join(faults) or "nothing is worse than its record")
+    return 1 if faults else 0
+
+
+def _add_entries(folder: Path, problem: Path, shares: list[float]) -> None:
+    """Entries of the problem that best.json does not have yet; an existing one keeps its budget."""
+    if problem.resolve().parent != folder.resolve():
+        raise bench.BenchError(f"{problem} is not in {folder}: put it there first")
+    entries = {entry.name: entry for entry in (bench.read_entries(folder) if (folder / bench.TABLE).exists() else [])}
+    bench.write_entries(folder, ({entry.name: entry for entry in bench.new_entries(problem, shares)} | entries).values())
 
 
 def _run(arguments: argparse.Namespace) -> str:
     """Carry out the command; returns what to print."""
-    problem = Problem.from_json(arguments.problem.read_text())
+    problem = read_problem(arguments.problem)
     if arguments.budget:
         problem = problem.with_budget(parse_budget(arguments.budget, problem))
     if arguments.command == "check":
@@ -73,13 +117,17 @@ def _run(arguments: argparse.Namespace) -> str:
         f"gap      {100 * solution.gap:.2f} % above the bound of {solution.bound_us / 1e6:.6f} s (any schedule)",
         f"method   {solution.method}",
     ]
+    lines += [picture(problem, solution.schedule)] if arguments.picture else []
     return "\n".join(lines + ([format(solution.schedule, problem)] if arguments.steps else []))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 1 with one line on stderr: infeasible, broken schedule, or bad input."""
+    parsed = _parser().parse_args(arguments)
     try:
-        print(_run(_parser().parse_args(arguments)))
+        if parsed.command == "bench":
+            return _bench(parsed)
+        print(_run(parsed))
     except (Infeasible, ProblemError, ScheduleError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -53,7 +53,9 @@ NOTHING = Way()
 SCALE = 1000  # capacities are integers: rounding down keeps the bound a bound
 ENDLESS = 1 << 50
 ROUNDS = 40  # evaluations of the dual for each separator
-SEPARATORS = 4
+SEPARATORS = 4  # near the border of forward and backward
+PEAKS = 6  # elsewhere
+APART = 0.02  # of all ops
 SPAN = (12, 60)  # ops before and after the border of forward and backward
 CLOSE = 1e-5
 
@@ -84,8 +86,10 @@ class _Bound:
         self.base_bytes = problem.constant_bytes + sum(problem.storages[s].size_bytes for s in self.pinned)
         self.ways = [self.fitting(op) for op in problem.ops]
         self.least_us = [min((op.choices[k].time_us for k in ks), default=0) for op, ks in zip(problem.ops, self.ways, strict=True)]
+        self.ended_bytes = self.base_bytes + bytes_of(problem, {s for s, info in enumerate(problem.storages) if info.output} - self.pinned)
         self.base_us = sum(t for t, op in zip(self.least_us, problem.ops, strict=True) if not op.optional)
         self.ancestors = self.find_ancestors()
+        self.used = {s for k, op in enumerate(problem.ops) if not op.optional for s in self.sources(k)}
 
     def fitting(self, op: Op) -> list[int]:
         """Choices that fit the budget alone."""
@@ -140,13 +144,37 @@ class _Bound:
         return result
 
     def separators(self) -> list[int]:
-        """Ops near the border of forward and backward: those that need most bytes alone. In a small problem any op."""
+        """Ops where memory is short: near the border of forward and backward those that need most bytes alone (in a small problem any op), and
+        the largest peaks of base order, some distance apart."""
         count, ops = len(self.problem.ops), self.problem.ops
         border = next((k for k, op in enumerate(ops) if op.phase == "backward"), count // 2)
         low, high = (border - SPAN[0], border + SPAN[1]) if count > SPAN[1] else (0, count)
-        near = [op for op in range(max(0, low), min(high, count)) if not ops[op].optional and self.ancestors[op]]
+        able = [op for op in range(count) if not ops[op].optional and self.ancestors[op]]
+        near = [op for op in able if low <= op < high]
         least = {op: min(self.alone(ops[op], ops[op].choices[k]) for k in self.ways[op]) for op in near}
-        return sorted(near, key=lambda op: (-least[op], op))[:SEPARATORS]
+        chosen = sorted(near, key=lambda op: (-least[op], op))[:SEPARATORS]
+        live = self.live_in_order()
+        for op in sorted(able, key=lambda op: (-live[op], op)):
+            if len(chosen) >= SEPARATORS + PEAKS:
+                break
+            if all(abs(op - other) > count * APART for other in chosen):
+                chosen.append(op)
+        return chosen
+
+    def live_in_order(self) -> list[int]:
+        """For every op the bytes that live while it runs in base order, of what the step makes, and its least workspace."""
+        ops, size = self.problem.ops, self.tables.size
+        last = {s: k for k, op in enumerate(ops) for s in (*op.creates, *op.writes, *(s for c in op.choices for s in c.reads))}
+        leaving: list[list[int]] = [[] for _ in ops]
+        for s, k in last.items():
+            if self.tables.created_by[s] >= 0 and not self.problem.storages[s].output:
+                leaving[k].append(s)
+        live, result = 0, []
+        for op, gone in zip(ops, leaving, strict=True):
+            live += sum(size[s] for s in op.creates)
+            result.append(live + min(c.workspace_bytes for c in op.choices))
+            live -= sum(size[s] for s in gone)
+        return result
 
     def needs(self, separator: int) -> Needs:
         """The graph of what is needed after the separator."""
@@ -154,16 +182,18 @@ class _Bound:
         op = self.problem.ops[separator]
         least = self.least_us[separator]
         held: set[int] = set.intersection(*({*op.choices[k].reads, *op.writes} for k in self.ways[separator]))
-        for k in self.ways[separator]:
-            room = self.problem.budget_bytes - self.base_bytes - self.alone(op, op.choices[k]) + bytes_of(self.problem, held - self.pinned)
+        taken = self.base_bytes + bytes_of(self.problem, {*held, *op.creates} - self.pinned)
+        for k in self.ways[separator]:  # what only some of its ways read may be kept for later too, so it is left to the room
+            room = self.problem.budget_bytes - taken - op.choices[k].workspace_bytes
             result.choices.append((op.choices[k].time_us - least, room))
         before = {k for k in range(len(self.problem.ops)) if self.ancestors[separator] >> k & 1}
         early = {s for k in (*before, separator) for s in self.sources(k)}
-        graph = _Graph(self, result, before, early, held)
+        graph = _Graph(self, result, separator, before, early, held)
         for k, bits in enumerate(self.ancestors):
             if bits >> separator & 1 and not self.problem.ops[k].optional:
                 graph.require(0, k)
         self.at_home(result, early)
+        self.used_anywhere(result, early)
         self.made_early(result, before)
         return result
 
@@ -176,6 +206,12 @@ class _Bound:
                 home, _ = needs.node("home", s)
                 needs.arcs.append((0, home, (Way(home_bytes=self.tables.size[s]),)))
                 needs.arcs.append((home, 1, (self.read(s, s in self.tables.written),)))
+
+    def used_anywhere(self, needs: Needs, early: set[int]) -> None:
+        """What is used neither before the separator nor by what must follow it is at home in memory too, or read once."""
+        for s in sorted(self.used - self.pinned - early):
+            if self.tables.may_leave[s] and ("value", s, 0) not in needs.nodes:
+                needs.loose.append((Way(home_bytes=self.tables.size[s]), self.read(s, s in self.tables.written)))
 
     def made_early(self, needs: Needs, before: set[int]) -> None:
         """Optional ops that run before the separator, or the slower ways of the ops that wish for them."""
@@ -201,8 +237,9 @@ class _Bound:
 class _Graph:
     """Builds the graph of one separator. before: its ancestors. early: persistent storages used by them. held: in memory anyway."""
 
-    def __init__(self, bound: _Bound, needs: Needs, before: set[int], early: set[int], held: set[int]) -> None:
-        self.bound, self.needs_, self.before, self.early, self.held = bound, needs, before, early, held
+    def __init__(self, bound: _Bound, needs: Needs, separator: int, before: set[int], early: set[int], held: set[int]) -> None:
+        self.bound, self.needs_, self.separator = bound, needs, separator
+        self.before, self.early, self.held = before, early, held
         self.stack: list[tuple[int, int]] = []
 
     def require(self, tail: int, op: int) -> None:
@@ -221,15 +258,18 @@ class _Graph:
         """An arc from the tail to the value's node; instead: what costs less than it, perhaps."""
         bound, (s, version) = self.bound, value
         info, producer = bound.problem.storages[s], bound.tables.producer.get(value, -1)
-        made = producer in self.before or (producer >= 0 and bound.problem.ops[producer].optional)
-        if s in bound.pinned or s in self.held or not (made or (producer < 0 and info.movable)):
+        if s in bound.pinned or s in self.held or (producer < 0 and not info.movable):
             return
-        if producer >= 0 and (info.persistent or not made):
+        if producer >= 0 and (info.persistent or (not bound.problem.ops[producer].optional and self.comes_later(producer))):
             return
         node, fresh = self.needs_.node("value", s, version)
         self.needs_.arcs.append((tail, node, instead))
         if fresh:
             self.provide(node, value, producer)
+
+    def comes_later(self, op: int) -> bool:
+        """The op is the separator, or never runs before it."""
+        return op == self.separator or bool(self.bound.ancestors[op] >> self.separator & 1)
 
     def provide(self, node: int, value: Value, producer: int) -> None:
         """Keep the value, read it, or run its producer again."""
@@ -250,13 +290,14 @@ class _Graph:
         if bound.tables.may_spill[s]:
             ways.append(bound.read(s, True))
         again = bound.problem.ops[producer]
-        if not again.rerunnable and not again.optional:
+        if producer in self.before and not again.rerunnable and not again.optional:
             self.needs_.arcs.append((node, 1, tuple(ways)))
             return
         run, fresh = self.needs_.node("run", producer)
         self.needs_.arcs.append((node, run, tuple(ways)))
         if fresh:
-            self.needs_.arcs.append((run, 1, (Way(compute_us=bound.least_us[producer]),)))
+            if producer in self.before or again.optional:  # what may as well run after the separator first costs nothing but its inputs
+                self.needs_.arcs.append((run, 1, (Way(compute_us=bound.least_us[producer]),)))
             self.stack.append((run, producer))
 
 
@@ -290,7 +331,8 @@ def _meet(needs: Needs, prices: Prices) -> tuple[float, Way]:
 
 
 def _home_room(bound: _Bound) -> int:
-    return bound.problem.budget_bytes - bound.base_bytes
+    """Bytes for what is at home in memory: at the end of the step it is there beside the outputs."""
+    return bound.problem.budget_bytes - bound.ended_bytes
 
 
 def _next_prices(bound: _Bound, planes: list[Way], penalty: int, room: int, most: float) -> tuple[Prices, float]:
@@ -317,7 +359,7 @@ def _next_prices(bound: _Bound, planes: list[Way], penalty: int, room: int, most
 def _maximise(bound: _Bound, needs: Needs, penalty: int, room: int, planes: list[Way]) -> float:
     """The best bound of one separator, run in one of its ways."""
     best = float(bound.base_us + penalty)
-    most = 10.0 * (bound.base_us + 1) / 1e4  # us per byte, far above any that pays
+    most = 10.0 * (bound.base_us + 1) / min(1e4, bound.problem.budget_bytes + 1)  # us per byte, far above any that pays
     for _ in range(ROUNDS):
         prices, top = _next_prices(bound, planes, penalty, room, most) if planes else (Prices(), math.inf)
         if top <= best * (1 + CLOSE):

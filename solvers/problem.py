@@ -6,9 +6,12 @@ Ids are indices into `Problem.ops` and `Problem.storages`. Bytes and microsecond
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 FORMAT_VERSION = 1
@@ -123,6 +126,15 @@ class Problem:
             raise ProblemError(f"not a problem in JSON: {error!r}") from error
         problem.validate()
         return problem
+
+
+def read_problem(path: Path) -> Problem:
+    """The problem in a .json file, or in a .json.gz one. Raises ProblemError for what is no problem, OSError for what can't be read."""
+    data = path.read_bytes()
+    try:
+        return Problem.from_json((gzip.decompress(data) if path.suffix == ".gz" else data).decode())
+    except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise ProblemError(f"{path} is neither JSON nor JSON packed by gzip: {error}") from error
 
 
 def _from_dict(data: Mapping[str, Any]) -> Problem:
