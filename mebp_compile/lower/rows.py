@@ -25,6 +25,10 @@ POINTWISE = {
 PRODUCTS = {"aten.mm.default": 0, "aten.addmm.default": 1}  # position of the first matrix
 REDUCTIONS = {"aten.mean.dim", "aten.sum.dim_IntList", "aten.amax.default", "aten.amin.default"}
 SOFTMAXES = {"aten._softmax.default": 1, "aten._log_softmax.default": 1, "aten._softmax_backward_data.default": 2}  # position of the dimension
+FUSED = {  # this package's own: positions of what is rows; every result is
+    "mebp.gated.default": (0, 1), "mebp.gated_backward.default": (0, 1, 2), "mebp.add_low_rank.default": (0, 1, 4),
+    "mebp.rms_norm.default": (0,), "mebp.rms_norm_backward.default": (0, 1, 3, 4),
+}  # fmt: skip
 LAYER_NORM, LAYER_NORM_BACKWARD = "aten.native_layer_norm.default", "aten.native_layer_norm_backward.default"
 SHAPINGS = {"aten.view.default", "aten._unsafe_view.default", "aten.unsqueeze.default", "aten.squeeze.dim", "aten.expand.default"}
 ROWS, SUM = "rows", "sum"
@@ -64,7 +68,7 @@ class Rows:
 
     def split(self, op: Op) -> Split | None:
         """How the op goes in blocks of rows; None if it does not."""
-        if op.rng or op.writes or op.listed or not op.creates or not op.target.startswith("aten."):
+        if op.rng or op.writes or op.listed or not op.creates or not (op.target.startswith("aten.") or op.target in FUSED):
             return None
         found = self._split(op)
         if found is None or any(not self._reached(name) for name in found.blocks):
@@ -83,6 +87,8 @@ class Rows:
             dim, first = op.args[SOFTMAXES[op.target]], self.graph.value[op.args[0].name]
             inner = dim % len(first.shape) >= self.leading.get(first.name, len(first.shape))
             return self._each(op) if inner else None
+        if op.target in FUSED:
+            return self._rows_of(op, tuple(op.args[k] for k in FUSED[op.target] if k < len(op.args)), (ROWS,) * len(op.outputs))
         if op.target == LAYER_NORM:
             return self._rows_of(op, op.args[:1], (ROWS, ROWS, ROWS))
         if op.target == LAYER_NORM_BACKWARD:
