@@ -73,10 +73,13 @@ class Rows:
         found = self._split(op)
         if found is None or any(not self._reached(name) for name in found.blocks):
             return None
-        whole = set(inputs_of(op)) - found.blocks
         made = zip(op.outputs, found.results, strict=True)
-        fits = all(name is None or (name in self.leading and _contiguous(self.graph.value[name])) for name, kind in made if kind == ROWS)
-        return found if fits and not whole & found.blocks else None
+        return found if all(name is None or self._fits(name, kind) for name, kind in made) else None
+
+    def _fits(self, name: str, kind: str | None) -> bool:
+        """Whether blocks of a result can be put in place, or added up."""
+        value = self.graph.value[name]
+        return (name in self.leading and _contiguous(value)) if kind == ROWS else "float" in value.dtype
 
     def _split(self, op: Op) -> Split | None:
         if op.target in PRODUCTS:
