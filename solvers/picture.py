@@ -10,8 +10,8 @@ LETTERS = {"forward": "F", "backward": "B", "update": "U"}
 
 
 def picture(problem: Problem, schedule: Schedule, width: int = 100, height: int = 12) -> str:
-    """`height` lines of bars, each column the peak of some consecutive steps, up to the budget; then four lanes: the phase that
-    first runs of the column's steps spend most time in, where something runs again, is written, is read. Raises ScheduleError for a schedule that breaks a rule."""
+    """`height` lines of bars, each column the peak of some consecutive steps, up to the budget; then four lanes: the phase that first runs of
+    the column's steps spend most time in, where something runs again, is written, is read. Raises ScheduleError for a broken schedule."""
     timeline = replay(problem, schedule, enforce_budget=False).timeline
     columns = [range(k * len(timeline) // width, (k + 1) * len(timeline) // width) for k in range(min(width, len(timeline)))]
     columns = [column for column in columns if column] or [range(len(timeline))]
