@@ -55,22 +55,33 @@ def long_skips() -> Problem:
     return b.problem(10**9, can_offload=False, name="long-skips")
 
 
-def knapsack() -> Problem:
-    """Values whose time to recompute is almost proportional to their bytes: which ones to keep is a subset sum, rounding is all there is."""
+def star(loss_reads_all: bool, name: str) -> Problem:
+    """60 values made from the batch alone, each used by one backward op; the loss reads a small part of each of them, or none."""
     b, draw = Builder(), random.Random(3)
     batch = b.storage("batch", 1_000, persistent=True, movable=False)
-    made = []
+    made, parts = [], []
     for k in range(60):
         size = draw.randint(50_000, 150_000)
         made.append(b.storage(f"v{k}", size))
-        b.op(f"f{k}", [batch], [made[k]], size // 50 + draw.randint(-30, 30))
+        parts.append(b.storage(f"part{k}", 10))
+        b.op(f"f{k}", [batch], [made[k], parts[k]], size // 50 + draw.randint(-30, 30))
     gradient = b.storage("g_last", 1_000)
-    b.op("loss", [batch], [gradient], 500)
+    b.op("loss", parts if loss_reads_all else [batch], [gradient], 500)
     for k in reversed(range(60)):
         new = b.storage(f"g{k}", 1_000, output=k == 0)
         b.op(f"b{k}", [gradient, made[k]], [new], 2_000, phase="backward")
         gradient = new
-    return b.problem(10**9, can_offload=False, name="knapsack")
+    return b.problem(10**9, can_offload=False, name=name)
+
+
+def knapsack() -> Problem:
+    """Values whose time to recompute is almost proportional to their bytes: which ones to keep is a subset sum, rounding is all there is."""
+    return star(True, "knapsack")
+
+
+def late_starts() -> Problem:
+    """The loss depends on none of the values: in another order each is made once, just before its use, and nothing is run again."""
+    return star(False, "late-starts")
 
 
 def giant_in_the_middle() -> Problem:
@@ -112,8 +123,8 @@ def random_layers(seed: int, op_count: int, offload: bool) -> Problem:
 
 
 PROBLEMS: dict[str, Callable[[], Problem]] = {
-    "ladder": ladder, "long-skips": long_skips, "knapsack": knapsack, "giant-in-the-middle": giant_in_the_middle,
-    "updated-at-once": updated_at_once, "layered-100": lambda: random_layers(11, 100, False),
+    "ladder": ladder, "long-skips": long_skips, "knapsack": knapsack, "late-starts": late_starts,
+    "giant-in-the-middle": giant_in_the_middle, "updated-at-once": updated_at_once, "layered-100": lambda: random_layers(11, 100, False),
     "layered-100-disk": lambda: random_layers(12, 100, True), "layered-250": lambda: random_layers(13, 250, False),
     "layered-500-disk": lambda: random_layers(14, 500, True),
 }  # fmt: skip
