@@ -33,10 +33,14 @@ def after(step: ModuleType, training: Training) -> tuple[list[str], Counter[str]
     return notes, Counter(op.target for op in lower(made).ops)
 
 
-def trained_by(function: Callable[..., torch.Tensor], *layers: nn.Module, batch: tuple[int, ...] = (2, 6, 32), frozen: tuple[int, ...] = ()) -> Training:
+def trained_by(
+    function: Callable[..., torch.Tensor], *layers: nn.Module, batch: tuple[int, ...] = (2, 6, 32), frozen: tuple[int, ...] = (),
+    dtype: torch.dtype = torch.float32,
+) -> Training:
     """A training of `layers` (those at `frozen` frozen) by the square of `function(x, *layers)`."""
     torch.manual_seed(0)
     for layer in layers:
+        layer.to(dtype)
         for parameter in layer.parameters():
             nn.init.normal_(parameter, std=0.3)
     for number in frozen:
@@ -50,7 +54,7 @@ def trained_by(function: Callable[..., torch.Tensor], *layers: nn.Module, batch:
         optimizer.zero_grad()
         return loss
 
-    draw = lambda call: (torch.randn(batch, generator=torch.Generator().manual_seed(call)),)  # noqa: E731
+    draw = lambda call: (torch.randn(batch, generator=torch.Generator().manual_seed(call)).to(dtype),)  # noqa: E731
     return Training(list(layers), [optimizer], step, draw)
 
 

@@ -50,9 +50,22 @@ def only_source(node: Any) -> Any:
     return None
 
 
+def peeled(node: Any) -> Any:
+    """What a chain of detach and alias shows."""
+    while is_op(node, aten.detach.default, aten.alias.default):
+        node = node.args[0]
+    return node
+
+
+def uses(node: Node) -> list[Node]:
+    """The users of a node, and those of its detach and alias."""
+    found = [each for user in node.users for each in (uses(user) if peeled(user) is not user else [user])]
+    return list(dict.fromkeys(found))
+
+
 def other_argument(node: Node, one: Any) -> Any:
     """Of the two arguments of a sum or product the one that is not `one`."""
-    return node.args[1] if node.args[0] is one else node.args[0]
+    return peeled(node.args[1] if peeled(node.args[0]) is peeled(one) else node.args[0])
 
 
 def is_number(item: Any) -> bool:

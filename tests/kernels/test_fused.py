@@ -161,10 +161,11 @@ def test_rope(native: bool, batch: int, heads: int, tokens: int, middle: int, dt
         return x * cos + torch.cat((-x[..., middle:], x[..., :middle]), -1) * sin
 
     narrow, want = both(plainly, x, cos, sin)
-    no_worse(OPS.rope(x, cos, sin, False), narrow, want)
+    no_worse(OPS.rope(x, cos, sin, False, False), narrow, want)
     narrow, want = both(lambda grad, x, *turn: gradients(lambda x: plainly(x, *turn), grad, x)[0], grad, x, cos, sin)
-    no_worse(OPS.rope(grad, cos, sin, True), narrow, want)
-    assert OPS.rope(x, cos, sin, False).stride() == x.stride()
+    no_worse(OPS.rope(grad, cos, sin, True, True), narrow, want)
+    assert OPS.rope(x, cos, sin, False, False).stride() == x.stride()
+    assert OPS.rope(x, cos, sin, False, True).is_contiguous()
 
 
 CALLS: dict[str, tuple[Any, ...]] = {
@@ -173,7 +174,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "gated_backward": (torch.ones(3, 8), torch.ones(3, 8), torch.ones(3, 8), "silu"),
     "rms_norm": (torch.ones(2, 3, 8), torch.ones(8), 1e-6),
     "rms_norm_backward": (torch.ones(2, 3, 8), torch.ones(2, 3, 8), torch.ones(8), torch.ones(2, 3, 1), None),
-    "rope": (torch.ones(1, 4, 2, 8).transpose(1, 2), torch.ones(1, 1, 4, 8), torch.ones(1, 1, 4, 8), True),
+    "rope": (torch.ones(1, 4, 2, 8).transpose(1, 2), torch.ones(1, 1, 4, 8), torch.ones(1, 1, 4, 8), True, False),
 }
 
 

@@ -69,7 +69,10 @@ def test_training_goes_on(act: Any) -> None:
     goes_on(lambda: unit(lambda x, gate, up: act(gate) * up), ("gated", "gated_backward"))
 
 
-@pytest.mark.parametrize(("family", "dtype", "tolerance"), [("qwen2", torch.float32, 1e-5), ("llama", torch.bfloat16, 2e-2), ("gemma3", torch.float32, 1e-5)])
+WHOLE = [("qwen2", torch.float32, 1e-5), ("llama", torch.bfloat16, 2e-2), ("gemma3", torch.float32, 1e-5)]
+
+
+@pytest.mark.parametrize(("family", "dtype", "tolerance"), WHOLE)
 def test_language_models_go_on(family: str, dtype: torch.dtype, tolerance: float) -> None:
     """All parameters of whole models."""
     goes_on(Recipe(family, optimizer="sgd", dtype=dtype).build, ("gated", "gated_backward"), tolerance)
