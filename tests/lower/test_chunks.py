@@ -19,6 +19,7 @@ from mebp_compile.chunk_cost import price_chunks
 from mebp_compile.compiler import CompiledStep, optimize
 from mebp_compile.errors import BudgetInfeasible
 from mebp_compile.graph import CHUNKS, Graph, LoopChoice, Op, from_json, to_json
+from mebp_compile.kernels import fused
 from mebp_compile.lower.chunks import block_rows, in_chunks, trip_counts
 from mebp_compile.planning import Costs, OpCost
 
@@ -113,15 +114,36 @@ def test_in_blocks_it_is_the_same_up_to_rounding(name: str, sequence: int, trips
     """In several blocks, the last of them shorter or not, gradients are eager's but for the rounding of sums over the tokens."""
     recipe = FAMILIES[name].but(sequence=sequence, zero="never", micro_batches=1, optimizer="sgd")
     own, other = recipe.build(), recipe.build()
-    step = planned(other, in_blocks(trips))
+    with mock.patch.object(compiler, "run_passes", return_value=[]):
+        step = planned(other, in_blocks(trips))
     state = torch.get_rng_state()
     expected = own.step(*own.batch(0))
     torch.set_rng_state(state)
     torch.testing.assert_close(step(*other.batch(0)), expected, rtol=1e-3 if recipe.dtype is torch.bfloat16 else 1e-5, atol=0)
-    bound = 2e-2 if recipe.dtype is torch.bfloat16 or recipe.autocast else 1e-5
+    assert_near(own, other, 2e-2 if recipe.dtype is torch.bfloat16 or recipe.autocast else 1e-5)
+
+
+def assert_near(own: Training, other: Training, bound: float) -> None:
+    """Gradients are alike, relative to their norms."""
     for (label, left), (_, right) in zip(named_parameters(own), named_parameters(other), strict=True):
         if left.grad is not None and right.grad is not None:
             assert (left.grad - right.grad).norm() <= bound * max(float(left.grad.norm()), 1e-4), label  # some are zero but for rounding
+
+
+@pytest.mark.skipif(fused.library() is None, reason="the fused kernels are not built (no compiler)")
+def test_fused_ops_go_in_blocks() -> None:
+    """Gated units, which a pass has made of an MLP's elementwise ops, are part of its regions, and give in blocks what they give whole."""
+    recipe = FAMILIES["adapters"].but(sequence=32, zero="never", lora="model")
+    own, other = recipe.build(), recipe.build()
+    with estimated_costs():
+        whole_step = optimize(own.step, "1GB", effort="fast", cache=False, numerics="reassociate")
+        expected = whole_step(*own.batch(0))
+    step = planned(other, in_blocks(2))
+    torch.testing.assert_close(step(*other.batch(0)), expected, rtol=1e-3, atol=0)
+    assert_near(own, other, 2e-2)
+    inside = {op.target for region in step.graph.ops if region.body is not None for op in region.body.ops}
+    assert {"mebp.gated.default", "mebp.gated_backward.default"} <= inside
+    assert not any(op.target == "mebp.gated.default" for op in step.graph.ops)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gpt2", "gemma3 in bfloat16", "adapters"])
