@@ -67,8 +67,11 @@ def goes_on(build: Callable[[], Training], ops: tuple[str, ...], tolerance: floa
         assert torch.allclose(got.float(), expected.detach().float(), rtol=tolerance), call
     for op in ops:
         assert f"mebp.{op}" in compiled.code, op
+    batch = own.batch(3)
+    own.step(*batch)
+    measured_bytes = meter_storages(compiled.prepare(*batch), list(batch)).peak_bytes  # a fourth step
+    assert measured_bytes <= compiled.plan.tensor_bytes <= compiled.plan.peak_bytes <= compiled.plan.problem.budget_bytes
+    compiled.materialise()
     pairs = zip(named_parameters(own), named_parameters(other), strict=True)
     for (name, a), (_, b) in pairs:
         assert float((a - b).detach().norm() / (a.detach().norm() + 1e-12)) < tolerance, name
-    batch = own.batch(3)
-    assert meter_storages(compiled.prepare(*batch), list(batch)).peak_bytes <= compiled.plan.tensor_bytes <= compiled.plan.peak_bytes

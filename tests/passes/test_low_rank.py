@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from models import Recipe, Training
 from rewritten import after, goes_on, traced, trained_by
 from torch import nn
 
+from mebp_compile.compiler import optimize
+from mebp_compile.errors import BudgetInfeasible
 from mebp_compile.kernels import fused
 from mebp_compile.passes import low_rank
 
@@ -69,6 +72,15 @@ def test_training_goes_on(rank: int) -> None:
 def test_language_models_go_on(family: str, dtype: torch.dtype, tolerance: float, adapters: str) -> None:
     """LoRA of whole models, adapters in the model's dtype and in fp32."""
     goes_on(Recipe(family, optimizer="sgd", lora=adapters, dtype=dtype).build, ("add_low_rank",), tolerance)
+
+
+def test_the_smallest_budget_holds(disk_folder: Path) -> None:
+    """All fused ops in a step that recomputes or moves what it can: measured is at most predicted, and that at most the budget."""
+    recipe = Recipe("qwen2", optimizer="sgd", lora="model", dtype=BF16, sequence=64)
+    with pytest.raises(BudgetInfeasible) as refused:
+        optimize(recipe.build().step, 1, example=recipe.batch(0), numerics="reassociate", effort="fast", cache=False, offload=disk_folder)
+    ops = ("add_low_rank", "gated", "gated_backward", "rms_norm", "rms_norm_backward", "rope")
+    goes_on(recipe.build, ops, 2e-2, refused.value.smallest_bytes, offload=disk_folder)
 
 
 def test_without_the_kernels_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,10 @@ def test_training_goes_on() -> None:
     goes_on(lambda: embedded(lambda x, cos, sin: x * cos + turned(x) * sin), ("rope",))
 
 
-@pytest.mark.parametrize(("family", "dtype", "tolerance"), [("qwen2", torch.float32, 1e-5), ("gemma3", torch.float32, 1e-5), ("llama", torch.bfloat16, 2e-2)])
+WHOLE = [("qwen2", torch.float32, 1e-5), ("gemma3", torch.float32, 1e-5), ("llama", torch.bfloat16, 2e-2)]
+
+
+@pytest.mark.parametrize(("family", "dtype", "tolerance"), WHOLE)
 def test_language_models_go_on(family: str, dtype: torch.dtype, tolerance: float) -> None:
     """All parameters of whole models."""
     goes_on(Recipe(family, optimizer="sgd", dtype=dtype).build, ("rope",), tolerance)
