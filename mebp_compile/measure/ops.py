@@ -193,8 +193,10 @@ def _fastest_us(call: Callable[[], Any], before: Callable[[], object]) -> tuple[
     that wait for one core), and what it adds says nothing about the op. A minimum that no second call comes near is not believed yet:
     where others work on the machine, calls go on until two agree, or for PATIENCE times as long.
     """
+    began_ns = time.perf_counter_ns()
     samples = [_sample(call, before)]
-    runs = 2 if samples[0] > LARGE_OP_US else max(5, min(MOST_RUNS, int(TIME_PER_OP_US / max(samples[0], 1.0))))
+    each_us = (time.perf_counter_ns() - began_ns) / 1000  # with what comes before it
+    runs = 2 if samples[0] > LARGE_OP_US else max(5, min(MOST_RUNS, int(TIME_PER_OP_US / max(each_us, 1.0))))
     samples += [_sample(call, before) for _ in range(runs - 1)]
     patience_us = PATIENCE * max(TIME_PER_OP_US, sum(samples))
     while not _agree(samples) and sum(samples) < patience_us:
