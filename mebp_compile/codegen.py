@@ -151,7 +151,7 @@ class _Writer:
         steps = {phase: [body for body in op.body.ops if body.phase == phase] for phase in ("before", "tile", "after")}
         if not steps["after"]:
             result = self.graph.value[op.outputs[0] or ""]
-            self._line(f"{result.name} = {self._buffer(number, result.name) if self._in_arena(number, op) else self._new(result)}", note)
+            self._line(f"{result.name} = {self._buffer(number, result.name)}", note)
         for body in steps["before"]:
             self._line(_assigned(body, inner))
         self._line(f"for tile in run.tiles({op.body.name}, {loop.trips}):")
@@ -177,9 +177,7 @@ class _Writer:
         spare = [name for name in op.outputs if name and self.bound.get(self.graph.storage_of(name))]
         names = {name: f"{name}_again" for name in spare}
         for output in filter(None, op.outputs):
-            placed = output not in spare and (number, self.graph.storage_of(output)) in self.plan.placement.offsets
-            buffer = self._buffer(number, output) if placed else self._new(self.graph.value[output])
-            self._line(f"{names.get(output, output)} = {buffer}", self._note(op, number, again))
+            self._line(f"{names.get(output, output)} = {self._buffer(number, output)}", self._note(op, number, again))
             if output not in spare:
                 self.bound[self.graph.storage_of(output)] = [output]
         ops = block_ops(op, loop)
@@ -209,9 +207,7 @@ class _Writer:
         self._line(f"run.offload({self.graph.storages[storage].name!r}, {name})", f"to disk, {size}")
 
     def _prefetch(self, number: int, storage: int) -> None:
-        value = self.base[storage]
-        offset = self.plan.placement.offsets.get((number, storage))
-        buffer = self._new(value) if offset is None else self._at(offset, value)
+        buffer = self._buffer(number, self.base[storage].name)
         size = format_bytes(self.graph.storages[storage].size_bytes)
         self.writing[storage] = "prefetch"
         self._line(f"run.prefetch({self.graph.storages[storage].name!r}, {buffer})", f"from disk, {size}")
@@ -249,10 +245,14 @@ class _Writer:
         return name
 
     def _in_arena(self, number: int, op: Op) -> bool:
-        return bool(op.creates) and all((number, storage) in self.plan.placement.offsets for storage in op.creates)
+        return any((number, storage) in self.plan.placement.offsets for storage in op.creates)
 
     def _buffer(self, number: int, name: str | None) -> str:
-        return self._at(self.plan.placement.offsets[number, self.graph.storage_of(name)], self.graph.value[name]) if name else ""
+        """What an output is put in: its place in the arena, or a new tensor for one that has none, beside outputs that have."""
+        if not name:
+            return ""
+        value, offset = self.graph.value[name], self.plan.placement.offsets.get((number, self.graph.storage_of(name)))
+        return self._new(value) if offset is None else self._at(offset, value)
 
     def _at(self, offset: int, value: Value) -> str:
         return f"run.at({offset}, {_geometry(value)})"

@@ -67,6 +67,13 @@ def test_the_text_tells_phases_modules_and_memory(family: str) -> None:
         assert words in step.code
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_place_in_the_arena_is_used(family: str) -> None:
+    """What the plan puts in the arena is filled there: anywhere else its bytes would come on top of the arena's."""
+    step = program(family)
+    assert 0 < len(step.plan.placement.offsets) == step.code.count("run.at(")
+
+
 def test_values_are_deleted_when_freed() -> None:
     """No activation's name outlives its Free: the text deletes every storage that the schedule frees."""
     step = program("gpt2")
