@@ -9,8 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from mebp_compile.graph import Graph, LoopChoice, Op, block_ops, inputs_of
-from mebp_compile.lower.chunks import block_rows
-from mebp_compile.lower.stream import tile_size
+from mebp_compile.lower.cuts import block_rows, tile_size
 from mebp_compile.lower.tables import itemsize
 from mebp_compile.overhead import VIEW_BYTES, allocated_bytes
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mebp_compile.graph import Graph, LoopChoice, Op, Ref, Value
+from mebp_compile.lower.cuts import tile_size
 from mebp_compile.lower.loss_loop import TILED_LOSS
-from mebp_compile.lower.stream import MATMULS, Record, tile_size
+from mebp_compile.lower.stream import MATMULS, Record
 from mebp_compile.lower.tables import itemsize
 
 COPY_BYTES_PER_US = 8000

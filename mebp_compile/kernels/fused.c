@@ -263,6 +263,11 @@ INLINE void weighted(floats *to, const Norm *w, int64_t j, int64_t count) {
   *to *= weight;
 }
 
+INLINE void gradient(floats *to, const Norm *w, const char *grad, int64_t j, int64_t count, int half) {
+  load_some(to, grad + j * width_of(half), count, half);
+  weighted(to, w, j, count);
+}
+
 INLINE void norm_row(const Norm *w, int64_t row, int half) {
   const int64_t first = row * w->columns * width_of(half);
   const char *x = w->x + first, *grad = w->grad ? w->grad + first : 0;
@@ -271,8 +276,7 @@ INLINE void norm_row(const Norm *w, int64_t row, int half) {
     const int64_t at = j * width_of(half), count = w->columns - j;
     load_some(&value, x + at, count, half);
     if (grad) {
-      load_some(&other, grad + at, count, half);
-      weighted(&other, w, j, count);
+      gradient(&other, w, grad, j, count, half);
       sum += value * other;
     } else {
       sum += value * value;
@@ -285,8 +289,7 @@ INLINE void norm_row(const Norm *w, int64_t row, int half) {
     const int64_t at = j * width_of(half), count = w->columns - j;
     load_some(&value, x + at, count, half);
     if (grad) {
-      load_some(&other, grad + at, count, half);
-      weighted(&other, w, j, count);
+      gradient(&other, w, grad, j, count, half);
       value = (other - value * pull) * scale;
       if (w->other) {
         load_some(&other, w->other + first + at, count, half);

@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 
 from mebp_compile.graph import Graph, LoopChoice, Op, inputs_of
 from mebp_compile.lower.chunk_body import Body
+from mebp_compile.lower.cuts import ROWS_MULTIPLE, block_counts
 from mebp_compile.lower.naming import Namer
 from mebp_compile.lower.order import predecessors
 from mebp_compile.lower.rows import ROWS, Rows, Split, stream_bytes, tokens_of
 from mebp_compile.lower.tables import without_storages
 
 TRIPS = (2, 4, 8, 16, 32)
-ROWS_MULTIPLE = 8  # a block is a multiple of it
 PHASES = ("forward", "backward")
 
 
@@ -44,21 +44,6 @@ def in_chunks(graph: Graph, tell: Callable[[str], None] = lambda text: None) -> 
     if tokens < 2 * ROWS_MULTIPLE:
         return graph
     return _Chunks(graph, tokens).graph(tell)
-
-
-def block_rows(tokens: int, trips: int) -> int:
-    """Rows of each of `trips` blocks; the last one may have fewer."""
-    return min(tokens, -(-tokens // (trips * ROWS_MULTIPLE)) * ROWS_MULTIPLE)
-
-
-def trip_counts(tokens: int) -> tuple[int, ...]:
-    """Numbers of blocks worth offering, no two of which cut alike."""
-    counts: dict[int, int] = {}
-    for trips in TRIPS:
-        size = block_rows(tokens, trips)
-        if size < tokens:
-            counts.setdefault(size, -(-tokens // size))
-    return tuple(counts.values())
 
 
 class _Chunks:
@@ -256,7 +241,7 @@ class _Chunks:
             body.add(self.old.ops[index], split)
         like = max((self.old.ops[index] for index in region.ops), key=lambda op: sum(self.old.storages[s].size_bytes for s in op.creates))
         op = body.region(namer.unique(f"{like.name}_chunks"), like)
-        return replace(op, menu=tuple(LoopChoice(trips, op.reads) for trips in trip_counts(self.rows.tokens)))
+        return replace(op, menu=tuple(LoopChoice(trips, op.reads) for trips in block_counts(self.rows.tokens, TRIPS)))
 
 
 def _sorted(needs: dict[int, set[int]]) -> tuple[set[int], list[int]]:

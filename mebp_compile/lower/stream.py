@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 
 from mebp_compile.graph import CHUNKS, Graph, LoopChoice, Op, Ref, Storage, Value, inputs_of
 from mebp_compile.lower.chunk_body import with_weights
+from mebp_compile.lower.cuts import tile_counts
 from mebp_compile.lower.loss_loop import TILED_LOSS, with_loss_menu
 from mebp_compile.lower.loss_loop import TRIPS as LOSS_TRIPS
 from mebp_compile.lower.naming import Namer
 
 TRIPS = (2, 4, 8, 16, 32)
-TILE_MULTIPLE = 64
 SMALLEST_TILED_BYTES = 1 << 20  # below this, tiling saves less than it costs
 RECORD_BYTES_IN_LOOP = 16 << 20  # larger records are also offered read from disk tile by tile
 MATMULS = {"aten.mm.default": 1, "aten.addmm.default": 2}  # position of the second matrix
@@ -118,7 +118,7 @@ class _Streaming:
         if op.target == TILED_LOSS and isinstance(op.args[1], Ref) and self.old.storage_of(op.args[1].name) in self.streamed:
             storage = self.old.storage_of(op.args[1].name)
             value, packed, record = self.dense[storage], self.packed[storage], self.streamed[storage]
-            return with_loss_menu(op, value, packed, record.size_bytes, trip_counts(value.shape[0], LOSS_TRIPS))
+            return with_loss_menu(op, value, packed, record.size_bytes, tile_counts(value.shape[0], LOSS_TRIPS))
         weight = self._second_matrix(op)
         if weight is None:
             return op
@@ -132,9 +132,10 @@ class _Streaming:
             return op
         width = value.shape[0] if transposed else value.shape[1]
         others = tuple(read for read in op.reads if read != storage)
-        in_memory = [LoopChoice(trips, (*others, packed.storage)) for trips in trip_counts(width)]
+        counts = tile_counts(width, TRIPS)
+        in_memory = [LoopChoice(trips, (*others, packed.storage)) for trips in counts]
         large = transposed and record.size_bytes >= RECORD_BYTES_IN_LOOP
-        from_disk = [LoopChoice(trips, others, disk_bytes=record.size_bytes) for trips in trip_counts(width)] if large else []
+        from_disk = [LoopChoice(trips, others, disk_bytes=record.size_bytes) for trips in counts] if large else []
         return replace(op, menu=(*in_memory, *from_disk), body=loop_body(op, value, packed, transposed, width))
 
     def _made_in_blocks(self, op: Op) -> Op:
@@ -167,20 +168,6 @@ def _other_reads(graph: Graph, op: Op, weight: str) -> set[int]:
     position = MATMULS[op.target]
     rest = replace(op, args=op.args[:position] + op.args[position + 1 :])
     return {graph.storage_of(name) for name in inputs_of(rest)}
-
-
-def trip_counts(width: int, trips_wanted: tuple[int, ...] = TRIPS) -> tuple[int, ...]:
-    """Numbers of tiles worth offering for `width` output columns: tiles are multiples of 64 columns, and no two counts cut alike."""
-    counts: dict[int, int] = {}
-    for trips in trips_wanted:
-        size = tile_size(width, trips)
-        if size < width:
-            counts.setdefault(size, -(-width // size))
-    return tuple(counts.values())
-
-
-def tile_size(width: int, trips: int) -> int:
-    return -(-width // (trips * TILE_MULTIPLE)) * TILE_MULTIPLE
 
 
 def loop_body(op: Op, weight: Value, packed: Value, transposed: bool, width: int) -> Graph:

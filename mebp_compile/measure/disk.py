@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mebp_compile.errors import DiskError
-from mebp_compile.measure.transfer import FULL, DiskThread, disk_error
+from mebp_compile.measure.file_io import FULL, disk_error
+from mebp_compile.measure.transfer import DiskThread
 
 BLOCK_BYTES = 8 << 20
 SMALL_BYTES = 4096

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import errno
 import os
 import threading
 import time
@@ -21,20 +20,11 @@ from types import TracebackType
 from typing import Any
 
 from mebp_compile.errors import DiskError, MeasureError, MebpError
-from mebp_compile.measure.memory import memory_of
+from mebp_compile.measure.file_io import CLOSED_FIX, TransferClosed, read_all, write_all
 
-__all__ = ["DiskThread", "Ticket", "Transfer", "TransferClosed", "disk_error", "ending", "memory_of", "read_all", "settle", "write_all"]
-
-CHUNK_BYTES = 8 << 20
 QUEUE_LENGTH = 16
 CLOSE_TIMEOUT_S = 30.0
-FULL = (errno.ENOSPC, errno.EDQUOT)
-CLOSED_FIX = "keep the DiskThread open until every ticket has been waited for"
 MEMORY_FIX = "free memory: end other programs, or take a smaller budget"
-
-
-class TransferClosed(DiskError):
-    """The thread was closed before this transfer was over."""
 
 
 @dataclass(frozen=True)
@@ -343,68 +333,6 @@ def settle(pending: Mapping[str, Any], wait: Callable[[str], None]) -> None:
     for name in tuple(pending):
         with contextlib.suppress(MebpError):
             wait(name)
-
-
-# ---- whole transfers from partial system calls ----
-
-
-def write_all(fd: int, offset: int, view: memoryview, stopped: Callable[[], bool] = lambda: False) -> None:
-    """pwrite until every byte is written, at most CHUNK_BYTES a call. DiskError if the disk is full, fails, or
-    `stopped()` turns true.
-    """
-    done = 0
-    while done < view.nbytes:
-        _check_stopped(stopped, "write")
-        try:
-            count = os.pwrite(fd, view[done : done + CHUNK_BYTES], offset + done)
-        except InterruptedError:
-            continue
-        except OSError as error:
-            raise disk_error(error, "write", view.nbytes - done, offset + done) from error
-        if count == 0:
-            raise DiskError(
-                f"the disk took none of {view.nbytes - done} bytes at offset {offset + done}", "check the disk"
-            )
-        done += count
-
-
-def read_all(fd: int, offset: int, view: memoryview, stopped: Callable[[], bool] = lambda: False) -> None:
-    """preadv until the view is full, at most CHUNK_BYTES a call. DiskError if the file ends first, on failure, or if
-    `stopped()`.
-    """
-    done = 0
-    while done < view.nbytes:
-        _check_stopped(stopped, "read")
-        try:
-            count = os.preadv(fd, [view[done : done + CHUNK_BYTES]], offset + done)
-        except InterruptedError:
-            continue
-        except OSError as error:
-            raise disk_error(error, "read", view.nbytes - done, offset + done) from error
-        if count == 0:
-            raise DiskError(
-                f"the file ends at byte {offset + done}, {view.nbytes - done} bytes before the end of a read",
-                "the file was truncated: make it again",
-            )
-        done += count
-
-
-def disk_error(error: OSError, kind: str, size_bytes: int, offset: int) -> DiskError:
-    """The typed error for a failed system call."""
-    if error.errno in FULL:
-        return DiskError(
-            f"disk full: {size_bytes} bytes more are needed at offset {offset} ({error.strerror})",
-            "free space on it, or name a folder on another disk",
-        )
-    name = errno.errorcode.get(error.errno or 0, "unknown error")
-    return DiskError(
-        f"a {kind} of {size_bytes} bytes at offset {offset} failed: {name} ({error.strerror})", "check the disk"
-    )
-
-
-def _check_stopped(stopped: Callable[[], bool], kind: str) -> None:
-    if stopped():
-        raise TransferClosed(f"the transfer thread was closed during a {kind}", CLOSED_FIX)
 
 
 def _bytes_of(buffer: memoryview) -> memoryview:

@@ -14,9 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from mebp_compile import torch_private
-from mebp_compile.kernels import fused
-from mebp_compile.passes.rewrite import NotHere, alike, drop, is_op, other_argument, put, put_several
+from mebp_compile.passes.rewrite import NotHere, alike, any_matches, drop, is_op, other_argument, put, put_several, rewrite_each
 
 TIER = "reassociate"
 SAVES_MEMORY = False
@@ -26,28 +24,12 @@ BACKWARD = {aten.silu.default: aten.silu_backward.default, aten.gelu.default: at
 
 def run(module: torch.fx.GraphModule) -> list[str]:
     """Rewrite what can be; a note with how many, and one for each place that is left, with the reason."""
-    notes, done = [], 0
-    for node in _activations(module):
-        try:
-            if fused.library() is None:
-                raise NotHere("the fused kernels are not built")
-            _rewrite(_match(node))
-            done += 1
-        except NotHere as reason:
-            notes.append(f"gated units: not for {node.target} at {torch_private.node_line(node)}, because {reason}")
-    module.recompile()
-    return [*([f"gated units: {done:,} in one walk each"] if done else []), *dict.fromkeys(notes)]
+    return rewrite_each(module, "gated units", _activations(module), lambda node: _rewrite(_match(node)))
 
 
 def applies(module: torch.fx.GraphModule) -> bool:
     """Whether there is one that can be fused."""
-    for node in _activations(module):
-        try:
-            _match(node)
-        except NotHere:
-            continue
-        return True
-    return False
+    return any_matches(_activations(module), _match)
 
 
 @dataclass(frozen=True)

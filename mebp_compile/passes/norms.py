@@ -14,9 +14,22 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from mebp_compile import torch_private
-from mebp_compile.kernels import fused
-from mebp_compile.passes.rewrite import DTYPES, NotHere, alike, drop, is_number, is_op, other_argument, peeled, put, put_several, uses, value
+from mebp_compile.passes.rewrite import (
+    DTYPES,
+    NotHere,
+    alike,
+    any_matches,
+    drop,
+    is_number,
+    is_op,
+    other_argument,
+    peeled,
+    put,
+    put_several,
+    rewrite_each,
+    uses,
+    value,
+)
 
 TIER = "reassociate"
 SAVES_MEMORY = False
@@ -26,28 +39,12 @@ CAST = aten._to_copy.default
 
 def run(module: torch.fx.GraphModule) -> list[str]:
     """Rewrite what can be; a note with how many, and one for each place that is left, with the reason."""
-    notes, done = [], 0
-    for root in _roots(module):
-        try:
-            if fused.library() is None:
-                raise NotHere("the fused kernels are not built")
-            _rewrite(_match(root))
-            done += 1
-        except NotHere as reason:
-            notes.append(f"norms: not for the RMSNorm at {torch_private.node_line(root)}, because {reason}")
-    module.recompile()
-    return [*([f"norms: {done:,} in one walk each"] if done else []), *dict.fromkeys(notes)]
+    return rewrite_each(module, "norms", _roots(module), lambda node: _rewrite(_match(node)))
 
 
 def applies(module: torch.fx.GraphModule) -> bool:
     """Whether there is one that can be fused."""
-    for root in _roots(module):
-        try:
-            _match(root)
-        except NotHere:
-            continue
-        return True
-    return False
+    return any_matches(_roots(module), _match)
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,16 @@ A node that is replaced hands its fake value on to the op that takes its place, 
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from mebp_compile import torch_private
+from mebp_compile.kernels import fused
 
 aten = torch.ops.aten
 SAME = (aten.view.default, aten._unsafe_view.default, aten.detach.default, aten.alias.default)  # the same numbers in the same order
@@ -22,6 +24,30 @@ DTYPES = (torch.bfloat16, torch.float32)
 
 class NotHere(Exception):
     """Why a place can't be rewritten."""
+
+
+def rewrite_each(module: torch.fx.GraphModule, what: str, nodes: Iterable[Node], rewrite: Callable[[Node], None]) -> list[str]:
+    """Rewrite around each of the nodes; a note with how many were, and one for each place that is left, with the reason."""
+    notes, done = [], 0
+    for node in nodes:
+        try:
+            if fused.library() is None:
+                raise NotHere("the fused kernels are not built")
+            rewrite(node)
+            done += 1
+        except NotHere as reason:
+            notes.append(f"{what}: not for the one at {torch_private.node_line(node)}, because {reason}")
+    module.recompile()
+    return [*([f"{what}: {done:,} in one walk each"] if done else []), *dict.fromkeys(notes)]
+
+
+def any_matches(nodes: Iterable[Node], match: Callable[[Node], object]) -> bool:
+    """Whether `match` takes one of the nodes."""
+    for node in nodes:
+        with contextlib.suppress(NotHere):
+            match(node)
+            return True
+    return False
 
 
 def is_op(node: Any, *targets: Any) -> bool:

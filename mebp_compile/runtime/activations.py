@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING
 
 from mebp_compile.errors import DiskError, MebpError
 from mebp_compile.measure.disk import open_scratch, refuse_memory_disk
-from mebp_compile.measure.transfer import DiskThread, Ticket, ending, memory_of, read_all, settle
+from mebp_compile.measure.file_io import read_all
+from mebp_compile.measure.memory import memory_of
+from mebp_compile.measure.transfer import DiskThread, Ticket, ending, settle
 
 if TYPE_CHECKING:
     import torch

@@ -15,8 +15,7 @@ import torch
 
 from mebp_compile.errors import MebpError
 from mebp_compile.kernels import cross_entropy
-from mebp_compile.lower.chunks import block_rows
-from mebp_compile.lower.stream import tile_size
+from mebp_compile.lower.cuts import block_rows, tile_size
 from mebp_compile.quant import dequantise_columns, dequantise_into, dequantise_rows
 from mebp_compile.runtime.activations import ActivationStore
 from mebp_compile.runtime.homes import ProgramHomes

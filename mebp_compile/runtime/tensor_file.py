@@ -14,7 +14,8 @@ from typing import Any, BinaryIO
 import torch
 
 from mebp_compile.errors import DiskError, StoreError
-from mebp_compile.measure.transfer import memory_of, read_all
+from mebp_compile.measure.file_io import read_all
+from mebp_compile.measure.memory import memory_of
 from mebp_compile.quant.safetensors_file import FILE_NAMES, FileTensor, encode_header, read_header
 from mebp_compile.whole_file import whole_file
 

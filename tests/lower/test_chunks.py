@@ -20,7 +20,8 @@ from mebp_compile.compiler import CompiledStep, optimize
 from mebp_compile.errors import BudgetInfeasible
 from mebp_compile.graph import CHUNKS, Graph, LoopChoice, Op, from_json, to_json
 from mebp_compile.kernels import fused
-from mebp_compile.lower.chunks import block_rows, in_chunks, trip_counts
+from mebp_compile.lower.chunks import TRIPS, in_chunks
+from mebp_compile.lower.cuts import block_counts, block_rows
 from mebp_compile.planning import Costs, OpCost
 
 BLOCKS = (16, 24, 40, 60, 1000, 4096)
@@ -89,7 +90,7 @@ def planned(training: Training, pick: Pick, budget: int | str = "1GB", **options
 @pytest.mark.parametrize("tokens", BLOCKS)
 def test_blocks_cover_the_tokens(tokens: int) -> None:
     """For every number of trips offered the blocks are that many, disjoint, and end at the last token."""
-    for trips in trip_counts(tokens):
+    for trips in block_counts(tokens, TRIPS):
         starts = range(0, tokens, block_rows(tokens, trips))
         assert len(starts) == trips
         assert starts[-1] < tokens <= starts[-1] + block_rows(tokens, trips)

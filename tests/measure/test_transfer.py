@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from mebp_compile.errors import DiskError, MeasureError, StoreError
-from mebp_compile.measure import transfer
+from mebp_compile.measure import file_io
 from mebp_compile.measure.disk import scratch_file
-from mebp_compile.measure.transfer import DiskThread, TransferClosed, memory_of
+from mebp_compile.measure.file_io import TransferClosed
+from mebp_compile.measure.memory import memory_of
+from mebp_compile.measure.transfer import DiskThread
 
 CHUNK = 100
 Fault = Callable[[int], int | OSError | None]
@@ -102,7 +104,7 @@ def test_a_failure_at_every_call_is_reported_once(monkeypatch: pytest.MonkeyPatc
     """For N = 1, 2, ... until a run passes: the N-th system call fails, exactly one ticket raises, and nothing
     hangs.
     """
-    monkeypatch.setattr(transfer, "CHUNK_BYTES", CHUNK)
+    monkeypatch.setattr(file_io, "CHUNK_BYTES", CHUNK)
     for at in range(1, 100):
         with monkeypatch.context() as patch:
             faulty = Faulty(patch, at, OSError(code, os.strerror(code)))
@@ -122,7 +124,7 @@ def test_a_failure_at_every_call_is_reported_once(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("fault", [1, 99, InterruptedError(errno.EINTR, "interrupted")])
 def test_partial_and_interrupted_calls_go_on(monkeypatch: pytest.MonkeyPatch, fd: int, fault: int | OSError) -> None:
     """A short write or read, or an interrupted one, at any call changes nothing but the number of calls."""
-    monkeypatch.setattr(transfer, "CHUNK_BYTES", CHUNK)
+    monkeypatch.setattr(file_io, "CHUNK_BYTES", CHUNK)
     for at in range(1, 19):
         with monkeypatch.context() as patch:
             Faulty(patch, at, fault)
@@ -131,7 +133,7 @@ def test_partial_and_interrupted_calls_go_on(monkeypatch: pytest.MonkeyPatch, fd
 
 def test_calls_that_move_nothing_are_errors(monkeypatch: pytest.MonkeyPatch, fd: int) -> None:
     """A write that takes no byte and a read that gives none end in an error and not in an endless loop."""
-    monkeypatch.setattr(transfer, "CHUNK_BYTES", CHUNK)
+    monkeypatch.setattr(file_io, "CHUNK_BYTES", CHUNK)
     for at in range(1, 19):
         with monkeypatch.context() as patch:
             Faulty(patch, at, 0)
@@ -214,7 +216,7 @@ def test_close_fails_what_is_pending() -> None:
 
 def test_close_stops_between_chunks(monkeypatch: pytest.MonkeyPatch, fd: int) -> None:
     """A long write is stopped after the chunk under way when the thread is closed meanwhile."""
-    monkeypatch.setattr(transfer, "CHUNK_BYTES", CHUNK)
+    monkeypatch.setattr(file_io, "CHUNK_BYTES", CHUNK)
     thread, calls, real = DiskThread(), [], os.pwrite
 
     def close_at_second(fd: int, view: memoryview, offset: int) -> int:

@@ -36,7 +36,7 @@ import solvers
 from mebp_compile import compiler
 from mebp_compile.compiler import CompiledStep, optimize
 from mebp_compile.errors import BudgetInfeasible, DiskError, MeasureError, MebpError, OutOfMemory, StepPoisoned
-from mebp_compile.measure import transfer
+from mebp_compile.measure import file_io
 from mebp_compile.measure.child import run_child
 from mebp_compile.measure.process import limit_data, rss, set_malloc_thresholds
 from mebp_compile.measure.transfer import DiskThread, Ticket
@@ -152,7 +152,7 @@ def staged(folder: Path) -> Iterator[Stage]:
     with pytest.MonkeyPatch.context() as patch, estimated_costs(), faults.one_thread():
         patch.setenv("MEBP_CACHE", str(folder / "cache"))
         patch.setattr(solvers, "solve", solve)
-        patch.setattr(transfer, "CHUNK_BYTES", CHUNK_BYTES)
+        patch.setattr(file_io, "CHUNK_BYTES", CHUNK_BYTES)
         with WeightStore.from_module(training(adamw).modules[0], folder / "store", "int4") as store:
             stage = Stage(folder / "offload", store)
             yield replace(stage, smallest=smallest_budget(stage))

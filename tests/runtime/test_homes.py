@@ -25,7 +25,7 @@ from mebp_compile import compiler
 from mebp_compile.capture import State
 from mebp_compile.compiler import CompiledStep, optimize
 from mebp_compile.errors import BudgetInfeasible, DiskError, MebpError, StepPoisoned
-from mebp_compile.measure import disk, transfer
+from mebp_compile.measure import disk, file_io
 from mebp_compile.measure.transfer import DiskThread
 from mebp_compile.runtime.all_state import state_dict
 from mebp_compile.runtime.homes import Homes, HomeStore, Room
@@ -305,7 +305,7 @@ class FailingDisk:
         self.left = number
 
     def __enter__(self) -> FailingDisk:
-        self.patches = [mock.patch.object(transfer.os, name, self._failing(getattr(os, name))) for name in ("pwrite", "preadv")]
+        self.patches = [mock.patch.object(file_io.os, name, self._failing(getattr(os, name))) for name in ("pwrite", "preadv")]
         for patch in self.patches:
             patch.start()
         return self

@@ -1,0 +1,39 @@
+"""How a dimension is cut for a Loop: columns of a weight into tiles, tokens into blocks. All parts are of one length but the last."""
+
+from __future__ import annotations
+
+COLUMNS_MULTIPLE = 64  # of which a tile is a multiple
+ROWS_MULTIPLE = 8  # of which a block is one
+
+
+def tile_size(width: int, trips: int) -> int:
+    """Output columns of each of `trips` tiles."""
+    return _length(width, trips, COLUMNS_MULTIPLE)
+
+
+def block_rows(tokens: int, trips: int) -> int:
+    """Rows of each of `trips` blocks."""
+    return min(tokens, _length(tokens, trips, ROWS_MULTIPLE))
+
+
+def tile_counts(width: int, wanted: tuple[int, ...]) -> tuple[int, ...]:
+    """Numbers of tiles worth offering, near the wanted ones; no two of them cut alike."""
+    return _counts(width, wanted, COLUMNS_MULTIPLE)
+
+
+def block_counts(tokens: int, wanted: tuple[int, ...]) -> tuple[int, ...]:
+    """The same for blocks."""
+    return _counts(tokens, wanted, ROWS_MULTIPLE)
+
+
+def _length(whole: int, parts: int, multiple: int) -> int:
+    return -(-whole // (parts * multiple)) * multiple
+
+
+def _counts(whole: int, wanted: tuple[int, ...], multiple: int) -> tuple[int, ...]:
+    counts: dict[int, int] = {}
+    for parts in wanted:
+        length = _length(whole, parts, multiple)
+        if length < whole:
+            counts.setdefault(length, -(-whole // length))
+    return tuple(counts.values())
