@@ -13,6 +13,7 @@ FLAGS = ["-O3", "-std=gnu11", "-Wall", "-Wextra"]
 SAME, FUSED = "-ffp-contract=off", "-ffp-contract=fast"  # the same bits on every processor, or a multiplication and a sum in one instruction
 LIBRARIES = {  # shared library: (C source, libraries to link, how products and sums are rounded)
     "mebp_compile.quant._dequantise": ("mebp_compile/quant/kernels/dequantise.c", [], SAME),
+    "mebp_compile.kernels._attention": ("mebp_compile/kernels/attention.c", ["m"], FUSED),
     "mebp_compile.kernels._cross_entropy": ("mebp_compile/kernels/cross_entropy.c", ["m"], SAME),
     "mebp_compile.kernels._fused": ("mebp_compile/kernels/fused.c", ["m"], FUSED),
     "mebp_compile.measure._malloc_meter": ("mebp_compile/measure/malloc_meter.c", ["dl", "pthread"], SAME),

@@ -207,7 +207,7 @@ def fingerprint() -> Json:
 
 def _kernels() -> list[bool]:
     """Which of the C libraries are built: without one its ops take another time."""
-    return [owner.library() is not None for owner in (quant.native, kernels.native, kernels.fused)]
+    return [owner.library() is not None for owner in (quant.native, kernels.native, kernels.fused, kernels.attention)]
 
 
 def _lines(path: str) -> list[str]:

@@ -61,6 +61,8 @@ COUNTS: dict[str, Callable[[Op, Shapes], int]] = {
     "aten.baddbmm.default": _product(1),
     "aten._scaled_dot_product_flash_attention_for_cpu.default": _attention(2, 0, 4),
     "aten._scaled_dot_product_flash_attention_for_cpu_backward.default": _attention(5, 1, 7),
+    "mebp.attention.default": _attention(2, 0, 3),
+    "mebp.attention_backward.default": _attention(5, 1, 6),
     "mebp.add_low_rank.default": _product(1),
     "mebp.linear_cross_entropy.default": _head(2, 0),
     "mebp.cross_entropy_rows_.default": _head(2, 0),

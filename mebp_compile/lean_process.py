@@ -54,8 +54,8 @@ def warm_up() -> None:
     from mebp_compile.measure.transfer import DiskThread
 
     importlib.import_module("mebp_compile.lean")
-    kernels.native.library()
-    quant.native.library()
+    for owner in (kernels.native, kernels.fused, kernels.attention, quant.native):
+        owner.library()
     torch.ones(1 << 18).exp()
     for dtype in (torch.float32, torch.bfloat16):
         square = torch.ones(64, 64, dtype=dtype)

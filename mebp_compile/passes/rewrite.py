@@ -26,13 +26,14 @@ class NotHere(Exception):
     """Why a place can't be rewritten."""
 
 
-def rewrite_each(module: torch.fx.GraphModule, what: str, nodes: Iterable[Node], rewrite: Callable[[Node], None]) -> list[str]:
-    """Rewrite around each of the nodes; a note with how many were, and one for each place that is left, with the reason."""
+def rewrite_each(module: torch.fx.GraphModule, what: str, nodes: Iterable[Node], rewrite: Callable[[Node], None], kernels: Any = fused) -> list[str]:
+    """Rewrite around each of the nodes with what is in `kernels`; a note with how many were, and one for each place that is left, with the
+    reason."""
     notes, done = [], 0
     for node in nodes:
         try:
-            if fused.library() is None:
-                raise NotHere("the fused kernels are not built")
+            if kernels.library() is None:
+                raise NotHere("the kernels for it are not built")
             rewrite(node)
             done += 1
         except NotHere as reason:
