@@ -21,7 +21,7 @@ from mebp_compile.errors import DiskError, GraphError, OptionError
 from mebp_compile.graph import PERSISTENT, Graph, from_json, to_json, verify
 from mebp_compile.overhead import charged_sizes, constant_overhead
 from mebp_compile.place import ALIGN, Life, Placement, lives
-from mebp_compile.planning import Plan, tensor_peak
+from mebp_compile.planning import Plan, faults_us, tensor_peak
 from mebp_compile.walk import walk
 from mebp_compile.whole_file import write_whole
 from solvers.baselines import keep_all
@@ -144,7 +144,7 @@ def check_plan(graph: Graph, plan: Plan, code: str) -> Iterator[str]:
     yield "problem: the same ops, reads, writes and sizes as the graph"
     _check_report(plan)
     yield (
-        f"schedule: {len(plan.schedule.steps):,} steps replay to a peak of {plan.report.peak_bytes:,} bytes and {plan.time_us:,} us, "
+        f"schedule: {len(plan.schedule.steps):,} steps replay to a peak of {plan.report.peak_bytes:,} bytes and {plan.report.time_us:,} us, "
         f"within the budget of {plan.problem.budget_bytes:,} bytes"
     )
     _check_offsets(graph, plan)
@@ -222,6 +222,7 @@ def _check_footprint(graph: Graph, plan: Plan) -> None:
     if peak > plan.problem.budget_bytes:
         raise GraphError(f"the footprint is {peak:,} bytes, the budget {plan.problem.budget_bytes:,}", AGAIN)
     _equal("tensor_bytes", tensor_peak(graph, plan.problem, plan.schedule), plan.tensor_bytes)
+    _equal("faults_us", faults_us(graph, plan.problem, plan.schedule, plan.placement), plan.faults_us)
     kept = solvers.replay(plan.problem, keep_all(plan.problem), enforce_budget=False)
     _equal("keep_all_bytes and keep_all_time_us", (kept.peak_bytes, kept.time_us), (plan.keep_all_bytes, plan.keep_all_time_us))
 

@@ -14,6 +14,7 @@ from mebp_compile.lower.cuts import tile_size
 from mebp_compile.lower.loss_loop import TILED_LOSS
 from mebp_compile.lower.stream import MATMULS, Record
 from mebp_compile.lower.tables import itemsize
+from mebp_compile.overhead import fault_us
 
 COPY_BYTES_PER_US = 8000
 LOSS_ROWS = 8192  # of a head, measured at once: they fit the caches
@@ -74,17 +75,18 @@ def price_loop(
 ) -> LoopChoice:
     """The choice with the workspace and the time of the whole loop, which waits for what it reads from disk.
 
-    tile_us: the op on a tile. make_us: its weight, dequantised.
+    tile_us: the op on a tile. make_us: its weight, dequantised. A large tile's memory is fresh in every loop, and its result's in every trip.
     """
     inner, width, itemsize = _weight(graph, op)
     size = tile_size(width, choice.trips)
     dense = size * inner * itemsize
     packed = 0 if not choice.disk_bytes else -(-choice.disk_bytes * size // width) + PACKED_SLACK_BYTES
-    workspace, copied = dense + packed + max(tile_workspace_bytes, 4096), 0
+    workspace, copied, fresh_us = dense + packed + max(tile_workspace_bytes, 4096), 0, fault_us(dense) + fault_us(packed)
     if op.target != TILED_LOSS:  # its tile's result is a new tensor, copied into its columns of the whole
         result = graph.value[op.outputs[0] or ""].shape[0] * size * itemsize
-        workspace, copied = workspace + result, copied + result
-    time_us = int(choice.trips * (tile_us + make_us + copied // COPY_BYTES_PER_US + TRIP_US) + choice.disk_bytes / read_bytes_per_us)
+        workspace, copied, fresh_us = workspace + result, copied + result, fresh_us + choice.trips * fault_us(result)
+    trip_us = tile_us + make_us + copied // COPY_BYTES_PER_US + TRIP_US
+    time_us = int(choice.trips * trip_us + fresh_us + choice.disk_bytes / read_bytes_per_us)
     return replace(choice, workspace_bytes=workspace, time_us=time_us)
 
 

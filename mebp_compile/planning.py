@@ -15,15 +15,14 @@ import solvers
 from mebp_compile.config import format_bytes
 from mebp_compile.errors import BudgetInfeasible, GraphError
 from mebp_compile.graph import CHUNKS, PERSISTENT, Graph, Op, Value
-from mebp_compile.overhead import charged_sizes, constant_overhead
+from mebp_compile.overhead import charged_sizes, constant_overhead, fault_us
 from mebp_compile.place import Placement, lives, place_under
 from solvers import Problem, Report, Schedule, Solution, baselines
 from solvers.bounds import roofline_us, working_set
 
-MAPPED_BYTES = 4 << 20  # blocks from here on malloc maps and gives back at once where the budget is tight, see `runtime.setup`
-FAULT_US_PER_BYTE = 4e-4  # of a fresh page: 0.5 s of system time for 300,000 pages of 4 KiB
-MUCH_TRAFFIC_BYTES = 256 << 20  # through such blocks in a step, from which on schedules with less of it are looked for
+MANY_FAULTS_US = 100_000.0  # from which on schedules with fewer of them are looked for
 ROOM_SHARES = (0.97, 0.9, 0.8)
+ROOMY = 1.25
 
 MOVABLE = ("weight", "parameter", "optimizer")  # roles whose home may be the disk, see `homes`
 SMALLEST_HOME_BYTES = 1024  # a transfer of less costs more than it frees
@@ -58,7 +57,8 @@ class Plan:
     """A schedule proven by replay, where each storage lies, and what both promise.
 
     peak_bytes: what the meters will show at most (tensors, workspace, arena padding, all inside the budget).
-    tensor_bytes: the largest sum of storages alone. keep_all_*: the same step without any recompute or offload.
+    tensor_bytes: the largest sum of storages alone. keep_all_*: the same step without any recompute or offload. faults_us: what the schedule
+    does not know, the page faults of large storages that have no place in the arena.
     """
 
     problem: Problem
@@ -70,13 +70,14 @@ class Plan:
     keep_all_bytes: int
     keep_all_time_us: int
     bound_us: int
+    faults_us: int = 0
     method: str = ""
     solve_seconds: float = 0.0
     notes: tuple[str, ...] = field(default=())
 
     @property
     def time_us(self) -> int:
-        return self.report.time_us
+        return self.report.time_us + self.faults_us
 
     @property
     def gap(self) -> float:
@@ -195,7 +196,7 @@ def make_plan(
     except solvers.Infeasible as error:
         raise _refusal(graph, problem, error, advice) from None
     placement = place_under(graph, problem, solution.schedule)
-    if not solver and traffic_bytes(graph, problem, solution.schedule, placement) > MUCH_TRAFFIC_BYTES:
+    if not solver and faults_us(graph, problem, solution.schedule, placement) > MANY_FAULTS_US:
         solution, placement = _with_room(graph, problem, solution, placement, effort, time_limit_s, tell)
     report = solvers.replay(problem, solution.schedule)
     if placement.peak_bytes > problem.budget_bytes:
@@ -212,6 +213,7 @@ def make_plan(
         keep_all_bytes=everything.peak_bytes,
         keep_all_time_us=everything.time_us,
         bound_us=int(solution.bound_us),
+        faults_us=faults_us(graph, problem, solution.schedule, placement),
         method=solution.method,
         solve_seconds=time.monotonic() - started,
     )
@@ -227,10 +229,22 @@ def _fixed(problem: Problem, solver: str) -> solvers.Solution:
     return solvers.Solution(schedule, report, bound, report.time_us / bound - 1 if bound else 0.0, solver)
 
 
-def traffic_bytes(graph: Graph, problem: Problem, schedule: Schedule, placement: Placement) -> int:
-    """Bytes that the allocator hands out in a step in fresh pages each time, because the arena has no place for them."""
-    large = (life for life in lives(graph, problem, schedule) if life.start >= 0 and life.size_bytes >= MAPPED_BYTES)
-    return sum(life.size_bytes for life in large if (life.start, life.storage) not in placement.offsets)
+def is_tight(problem: Problem, placement: Placement) -> bool:
+    """Whether RSS has to follow the bytes in use, for the whole process.
+
+    Left to itself malloc keeps freed blocks, and RSS stood 13 to 20 % above what a step holds. Blocks from FRESH_BYTES on are mapped and given
+    back at once, at the price of their page faults; from 256 KiB on that was a fifth to a third of a step, from 4 MiB on next to nothing.
+    """
+    return placement.peak_bytes * ROOMY > problem.budget_bytes
+
+
+def faults_us(graph: Graph, problem: Problem, schedule: Schedule, placement: Placement) -> int:
+    """What fresh pages take in a step: those of large storages that the arena has no place for, where the budget is tight. (Those of a Loop's
+    tiles are in its price.)"""
+    if not is_tight(problem, placement):
+        return 0
+    outside = (life for life in lives(graph, problem, schedule) if life.start >= 0 and (life.start, life.storage) not in placement.offsets)
+    return int(sum(fault_us(life.size_bytes) for life in outside))
 
 
 def _with_room(
@@ -244,19 +258,19 @@ def _with_room(
 ) -> tuple[Solution, Placement]:
     """Of the given schedule and those of somewhat smaller budgets, the one of least time with its page faults: a schedule that fills memory to the
     last byte leaves an arena no room."""
-    traffic = traffic_bytes(graph, problem, solution.schedule, placement)
-    best = solution.report.time_us + FAULT_US_PER_BYTE * traffic
+    faults = faults_us(graph, problem, solution.schedule, placement)
+    best = solution.report.time_us + faults
     for share in ROOM_SHARES:
         try:
             other = solvers.solve(problem.with_budget(int(problem.budget_bytes * share)), effort=effort, time_limit_s=time_limit_s, progress=tell)
         except solvers.Infeasible:
             break
         placed = place_under(graph, problem, other.schedule)
-        moved = traffic_bytes(graph, problem, other.schedule, placed)
-        cost_us = other.report.time_us + FAULT_US_PER_BYTE * moved
+        fewer = faults_us(graph, problem, other.schedule, placed)
+        cost_us = other.report.time_us + fewer
         if placed.peak_bytes <= problem.budget_bytes and cost_us < best:
-            best, traffic, solution, placement = cost_us, moved, other, placed
-        if traffic <= MUCH_TRAFFIC_BYTES:
+            best, faults, solution, placement = cost_us, fewer, other, placed
+        if faults <= MANY_FAULTS_US:
             break
     return solution, placement
 

@@ -161,6 +161,6 @@ def long_plan(layers: int = 1700) -> Planned:
     placement = place_under(graph, problem, schedule)
     tensors = tensor_peak(graph, problem, schedule)
     plan = Plan(
-        problem, schedule, report, placement, placement.peak_bytes, tensors, report.peak_bytes, report.time_us, report.time_us, "keep_all"
+        problem, schedule, report, placement, placement.peak_bytes, tensors, report.peak_bytes, report.time_us, report.time_us, method="keep_all"
     )
     return Planned(graph, plan, codegen.generate(graph, plan))

@@ -6,13 +6,15 @@ import random
 from dataclasses import replace
 
 import pytest
-from planned import chain, costs_by_bytes, planned, random_plan
+from planned import chain, costs_by_bytes, planned, random_plan, tight
 
 import solvers
+from mebp_compile import overhead
 from mebp_compile.errors import BudgetInfeasible, GraphError
 from mebp_compile.graph import PERSISTENT
 from mebp_compile.overhead import MAPPED_BYTES, PAGE_BYTES, allocated_bytes, charged_sizes, constant_overhead
-from mebp_compile.planning import Costs, OpCost, build_problem, make_plan, make_plans, tensor_peak
+from mebp_compile.place import lives
+from mebp_compile.planning import Costs, OpCost, build_problem, faults_us, make_plan, make_plans, tensor_peak
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -92,3 +94,18 @@ def test_a_placement_above_the_budget_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("mebp_compile.planning.place_under", lambda *given: bad)
     with pytest.raises(GraphError, match="placement needs"):
         make_plan(graph, good.plan.problem, "fast")
+
+
+def test_fresh_pages_take_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of large storages outside of the arena, where malloc has to give memory back at once; the plan's time has them."""
+    item = tight(offload=True)
+    graph, plan = item.graph, item.plan
+    parts = graph, plan.problem, plan.schedule, plan.placement
+    assert plan.faults_us == faults_us(*parts) == 0  # tiny storages
+    monkeypatch.setattr(overhead, "FRESH_BYTES", 1)
+    every = lives(graph, plan.problem, plan.schedule)
+    outside = [life for life in every if life.start >= 0 and (life.start, life.storage) not in plan.placement.offsets]
+    assert faults_us(*parts) == int(sum(overhead.FAULT_US_PER_BYTE * life.size_bytes for life in outside)) > 0
+    assert replace(plan, faults_us=7).time_us == plan.report.time_us + 7
+    roomy = plan.problem.with_budget(2 * plan.peak_bytes)
+    assert faults_us(graph, roomy, plan.schedule, plan.placement) == 0

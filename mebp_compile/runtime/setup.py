@@ -7,8 +7,9 @@ from mebp_compile.capture import State
 from mebp_compile.capture.contract import Contract
 from mebp_compile.config import Options
 from mebp_compile.graph import PERSISTENT, Graph
+from mebp_compile.overhead import FRESH_BYTES
 from mebp_compile.place import lives
-from mebp_compile.planning import MAPPED_BYTES, Plan
+from mebp_compile.planning import Plan, is_tight
 from mebp_compile.runtime.assemble import assemble
 from mebp_compile.runtime.bind import Streamed
 from mebp_compile.runtime.binding import Binding
@@ -17,7 +18,6 @@ from mebp_compile.runtime.homes import Homes
 from mebp_compile.runtime.state import LiveState
 
 SLOT_ALIGN = 4096
-ROOMY = 1.25
 TILE_VERBS = ("run.rows", "run.columns")
 
 
@@ -51,7 +51,7 @@ def binding_of(graph: Graph, plan: Plan, offload: bool) -> Binding:
     return Binding(
         sources, batch_sources(graph), result_paths(graph), plan.placement.arena_bytes, plan.peak_bytes, plan.problem.budget_bytes,
         away, resident, rooms, all(graph.storages[index].name in away for index in written), weights, records, tuple(kept), slots, scratch_bytes,
-        tuple(changed), any(op.rng for op in graph.ops), _is_tight(plan), MAPPED_BYTES, *_spikes(graph, plan),
+        tuple(changed), any(op.rng for op in graph.ops), is_tight(plan.problem, plan.placement), FRESH_BYTES, *_spikes(graph, plan),
     )  # fmt: skip
 
 
@@ -64,15 +64,6 @@ def batch_sources(graph: Graph) -> tuple[str, ...]:
 def result_paths(graph: Graph) -> tuple[str, ...]:
     """What becomes of each result of the generated function."""
     return tuple(path for path, _ in graph.results)
-
-
-def _is_tight(plan: Plan) -> bool:
-    """Where the budget is tight RSS is to follow the bytes in use, for the whole process.
-
-    Left to itself malloc keeps freed blocks, and RSS stood 13 to 20 % above what a step holds. Blocks from MAPPED_BYTES on are mapped and given
-    back at once, at the price of their page faults; from 256 KiB on that was a fifth to a third of a step, from 4 MiB on next to nothing.
-    """
-    return plan.peak_bytes * ROOMY > plan.problem.budget_bytes
 
 
 def _spikes(graph: Graph, plan: Plan) -> tuple[int, int]:
