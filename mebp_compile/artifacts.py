@@ -26,7 +26,7 @@ from mebp_compile.walk import walk
 from mebp_compile.whole_file import write_whole
 from solvers.baselines import keep_all
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DATA = ("graph.json", "problem.json", "schedule.json", "offsets.json")
 PLAN, PROGRAM = "plan.json", "program.py"
 AGAIN = "save it again with step.save(folder), or plan again"

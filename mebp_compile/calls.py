@@ -50,8 +50,8 @@ NUMBERS = {
 }
 
 
-def call(op: Op, names: Mapping[str, str], out: tuple[str, ...], new: str) -> str:
-    """The expression that runs `op`. `names` gives the variable of each value; `out` the buffers to fill; `new` a fresh buffer's expression."""
+def call(op: Op, names: Mapping[str, str], out: tuple[str, ...] = ()) -> str:
+    """The expression that runs `op`. `names` gives the variable of each value; `out` the buffers to fill."""
     args = [argument(arg, names) for arg in op.args]
     kwargs = [f"{key}={argument(arg, names)}" for key, arg in op.kwargs]
     if op.target.startswith("py."):

@@ -126,8 +126,7 @@ class _Writer:
             targets.append(output if fresh and output else "_")
             spare = spare or (not fresh and output is not None)
         out = tuple(self._buffer(number, output) for output in op.outputs) if self._in_arena(number, op) else ()
-        made = self.graph.value[op.outputs[0]] if op.outputs and op.outputs[0] else None
-        text = call(op, names, tuple(text for text in out if text), self._new(made) if made else "")
+        text = call(op, names, tuple(text for text in out if text))
         several = len(op.outputs) > 1 or op.listed
         if not op.outputs or (all(target == "_" for target in targets) and not spare):
             self._line(text, self._note(op, number, again))
@@ -233,10 +232,10 @@ class _Writer:
             several = len(view.outputs) > 1 or view.listed
             if several:
                 left = ", ".join(part or "_" for part in view.outputs) + ","
-                self._line(f"{left} = {call(view, inner, (), '')}")
+                self._line(f"{left} = {call(view, inner)}")
                 self.bound[value.storage] += [part for part in view.outputs if part]
                 return name
-            self._line(f"{name} = {call(view, inner, (), '')}")
+            self._line(f"{name} = {call(view, inner)}")
         elif self._role(name) == "hyper":
             self._line(f"{name} = run.hyper({self.graph.storages[value.storage].source.removeprefix('hyper:')!r})")
         else:
@@ -283,7 +282,7 @@ class _Writer:
 
 def _assigned(op: Op, names: dict[str, str]) -> str:
     """One op of a Loop's body, and the names of what it makes."""
-    text = call(op, names, (), "")
+    text = call(op, names)
     return f"{', '.join(name or '_' for name in op.outputs)} = {text}" if op.outputs else text
 
 

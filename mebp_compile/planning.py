@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import solvers
 from mebp_compile.config import format_bytes
@@ -73,7 +73,6 @@ class Plan:
     faults_us: int = 0
     method: str = ""
     solve_seconds: float = 0.0
-    notes: tuple[str, ...] = field(default=())
 
     @property
     def time_us(self) -> int:

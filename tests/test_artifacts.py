@@ -68,7 +68,7 @@ def test_mixed_or_edited_files_do_not_load(name: str, tmp_path: Path) -> None:
         load_artifacts(tmp_path / "a")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 1}', '{"format": 99, "sha256": {}}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 2}', '{"format": 99, "sha256": {}}'])
 def test_a_damaged_plan_file_is_a_typed_error(text: str, tmp_path: Path) -> None:
     """Whatever stands in plan.json, loading raises GraphError."""
     (save(tmp_path, random_plan(1)) / "plan.json").write_text(text)

@@ -223,7 +223,7 @@ def printed(overload: Any, args: tuple[Any, ...], kwargs: dict[str, Any], view: 
 
     lifted = tuple(map(lift, args))
     op = Op("op", str(overload), lifted, tuple((key, lift(value)) for key, value in kwargs.items()), creates=() if view else (0,))
-    text = call(op, {}, (), "")
+    text = call(op, {})
     return text, eval(text, {"torch": torch, "aten": aten, **values})
 
 
@@ -284,15 +284,15 @@ def test_numbers_mean_python() -> None:
     import operator
 
     for target, symbol in OPERATORS.items():
-        text = call(Op("n", target, (Ref("a"), Ref("b"))), {}, (), "")
+        text = call(Op("n", target, (Ref("a"), Ref("b"))), {})
         assert symbol in text
         assert eval(text, {"a": 7.5, "b": 2.0}) == getattr(operator, target.removeprefix("py."))(7.5, 2.0)
-        negative = call(Op("n", target, (-7.5, Ref("b"))), {}, (), "")
+        negative = call(Op("n", target, (-7.5, Ref("b"))), {})
         assert eval(negative, {"b": 2.0}) == getattr(operator, target.removeprefix("py."))(-7.5, 2.0), negative
     for target in NUMBERS:
         args = (Ref("a"), Ref("b")) if target in ("py.sym_max", "py.sym_min") else (Ref("a"),)
-        eval(call(Op("n", target, args), {}, (), ""), {"a": 2.25, "b": 1.0, "math": math})
-    assert eval(call(Op("n", "py.neg", (Ref("a"),)), {}, (), ""), {"a": -0.0}).hex() == "0x0.0p+0"
+        eval(call(Op("n", target, args), {}), {"a": 2.25, "b": 1.0, "math": math})
+    assert eval(call(Op("n", "py.neg", (Ref("a"),)), {}), {"a": -0.0}).hex() == "0x0.0p+0"
 
 
 @pytest.mark.parametrize("value", [0.1, -0.0, float("inf"), float("-inf"), 1e-300, 2**70, True, None, "x", (1,), (1, (2, None)), ()])

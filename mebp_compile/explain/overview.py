@@ -76,7 +76,7 @@ def explain(graph: Graph, plan: Plan, module: str | None = None) -> str:
     seen = walk(graph, plan)
     if module is not None:
         return "\n".join([f"module {module}", "", *_table(_rows(graph, plan, seen, module), "module"), "", LEGEND])
-    parts = [summary(graph, plan), _arena(plan, seen), *(f"note    {note}" for note in plan.notes), "", *_at_peak(graph, plan, seen), ""]
+    parts = [summary(graph, plan), _arena(plan, seen), "", *_at_peak(graph, plan, seen), ""]
     return "\n".join([*parts, *_table(_rows(graph, plan, seen, None), "layer"), "", LEGEND])
 
 

@@ -43,6 +43,11 @@ def takes(*tensors: Tensor | None) -> bool:
     return library() is not None and all(part is None or (part.dtype in DTYPES and part.device.type == "cpu") for part in tensors)
 
 
+def dense_like(tensor: Tensor) -> Tensor:
+    """A new tensor of its shape and dtype, contiguous."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 

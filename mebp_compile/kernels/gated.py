@@ -28,7 +28,7 @@ _LIBRARY.define(
 
 def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
     """act(gate) up, like gate; act: one of KINDS."""
-    return gated_out(gate, up, act, out=_new(gate))
+    return gated_out(gate, up, act, out=fused.dense_like(gate))
 
 
 def gated_out(gate: Tensor, up: Tensor, act: str, *, out: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def gated_out(gate: Tensor, up: Tensor, act: str, *, out: Tensor) -> Tensor:
 
 def gated_backward(grad: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor]:
     """(d gate, d up) where grad is the gradient of what `gated` gives."""
-    return gated_backward_out(grad, gate, up, act, to_gate=_new(gate), to_up=_new(up))
+    return gated_backward_out(grad, gate, up, act, to_gate=fused.dense_like(gate), to_up=fused.dense_like(up))
 
 
 def gated_backward_out(grad: Tensor, gate: Tensor, up: Tensor, act: str, *, to_gate: Tensor, to_up: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,13 +71,9 @@ def backward_in_torch(grad: Tensor, gate: Tensor, up: Tensor, act: str, to_gate:
     return to_gate.copy_(inner), to_up
 
 
-def _new(like: Tensor) -> Tensor:
-    return torch.empty_like(like, memory_format=torch.contiguous_format)
-
-
 _LIBRARY.impl("gated", gated, "CPU")
-_LIBRARY.impl("gated", lambda gate, up, act: _new(gate), "Meta")
+_LIBRARY.impl("gated", lambda gate, up, act: fused.dense_like(gate), "Meta")
 _LIBRARY.impl("gated.out", gated_out, "CPU")
 _LIBRARY.impl("gated_backward", gated_backward, "CPU")
-_LIBRARY.impl("gated_backward", lambda grad, gate, up, act: (_new(gate), _new(up)), "Meta")
+_LIBRARY.impl("gated_backward", lambda grad, gate, up, act: (fused.dense_like(gate), fused.dense_like(up)), "Meta")
 _LIBRARY.impl("gated_backward.out", gated_backward_out, "CPU")

@@ -24,7 +24,7 @@ _LIBRARY.define(f"add_low_rank.out({_ARGUMENTS}, *, Tensor(a!) out) -> Tensor(a!
 def add_low_rank(base: Tensor, a: Tensor, b: Tensor, alpha: float, other: Tensor | None = None) -> Tensor:
     """Like base [..., columns]. a: [rows, rank], b: [rank, columns], of one dtype, bf16 or fp32; other: like base. rows: of base, all but its
     last dimension together."""
-    return add_low_rank_out(base, a, b, alpha, other, out=torch.empty_like(base, memory_format=torch.contiguous_format))
+    return add_low_rank_out(base, a, b, alpha, other, out=fused.dense_like(base))
 
 
 def add_low_rank_out(base: Tensor, a: Tensor, b: Tensor, alpha: float, other: Tensor | None, *, out: Tensor) -> Tensor:
@@ -41,10 +41,6 @@ def in_torch(base: Tensor, a: Tensor, b: Tensor, alpha: float, other: Tensor | N
     return out.copy_(total if other is None else total.add_(other))
 
 
-def _shape(base: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(base, memory_format=torch.contiguous_format)
-
-
 _LIBRARY.impl("add_low_rank", add_low_rank, "CPU")
-_LIBRARY.impl("add_low_rank", _shape, "Meta")
+_LIBRARY.impl("add_low_rank", lambda base, *_: fused.dense_like(base), "Meta")
 _LIBRARY.impl("add_low_rank.out", add_low_rank_out, "CPU")

@@ -25,7 +25,7 @@ _LIBRARY.define(f"rms_norm_backward.out({_BACKWARD}, *, Tensor(a!) out) -> Tenso
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(normed, like x; r, fp32 [..., 1]). x: [..., columns]; weight: [columns], bf16 or fp32."""
-    return rms_norm_out(x, weight, eps, out=_new(x), scale=_scale(x))
+    return rms_norm_out(x, weight, eps, out=fused.dense_like(x), scale=_scale(x))
 
 
 def rms_norm_out(x: Tensor, weight: Tensor, eps: float, *, out: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ def rms_norm_out(x: Tensor, weight: Tensor, eps: float, *, out: Tensor, scale: T
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, other: Tensor | None = None) -> Tensor:
     """The gradient of x, like x. grad and other: like x; scale: from `rms_norm`."""
-    return rms_norm_backward_out(grad, x, weight, scale, other, out=_new(x))
+    return rms_norm_backward_out(grad, x, weight, scale, other, out=fused.dense_like(x))
 
 
 def rms_norm_backward_out(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, other: Tensor | None, *, out: Tensor) -> Tensor:
@@ -65,17 +65,13 @@ def backward_in_torch(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, ot
     return out.copy_(result if other is None else result + other)
 
 
-def _new(like: Tensor) -> Tensor:
-    return torch.empty_like(like, memory_format=torch.contiguous_format)
-
-
 def _scale(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
 _LIBRARY.impl("rms_norm", rms_norm, "CPU")
-_LIBRARY.impl("rms_norm", lambda x, weight, eps: (_new(x), _scale(x)), "Meta")
+_LIBRARY.impl("rms_norm", lambda x, weight, eps: (fused.dense_like(x), _scale(x)), "Meta")
 _LIBRARY.impl("rms_norm.out", rms_norm_out, "CPU")
 _LIBRARY.impl("rms_norm_backward", rms_norm_backward, "CPU")
-_LIBRARY.impl("rms_norm_backward", lambda grad, x, *_: _new(x), "Meta")
+_LIBRARY.impl("rms_norm_backward", lambda grad, x, *_: fused.dense_like(x), "Meta")
 _LIBRARY.impl("rms_norm_backward.out", rms_norm_backward_out, "CPU")

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mebp_compile.measure.transfer import Ticket
@@ -263,14 +262,3 @@ def naming(what: str) -> Iterator[None]:
     except BaseException as error:
         error.add_note(f"the fault was: {what}")
         raise
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Inside, torch computes with one thread: tiny ops are quickest so."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

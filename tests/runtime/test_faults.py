@@ -30,6 +30,7 @@ from chains import WIDTH, adamw, mean_square, momentum
 from faults import Allocations, Calls, Fault, Waits, naming, no_hang, nothing_left
 from law1 import assert_same, describe, estimated_costs, raw
 from models import Training
+from threads import one_thread
 from torch import nn
 
 import solvers
@@ -149,7 +150,7 @@ def staged(folder: Path) -> Iterator[Stage]:
         planned = {AWAY: everything_away, LENT: frozen_lent, LARGE: everything_away}.get(10 ** (len(str(problem.budget_bytes - 1))), None)
         return planned(problem) if planned is not None else search(problem, **options)
 
-    with pytest.MonkeyPatch.context() as patch, estimated_costs(), faults.one_thread():
+    with pytest.MonkeyPatch.context() as patch, estimated_costs(), one_thread():
         patch.setenv("MEBP_CACHE", str(folder / "cache"))
         patch.setattr(solvers, "solve", solve)
         patch.setattr(file_io, "CHUNK_BYTES", CHUNK_BYTES)

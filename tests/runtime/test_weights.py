@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from threads import one_thread
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,12 +28,9 @@ SCHEME_NAMES = sorted(SCHEMES)
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """torch with one thread: the tensors are small, and waiting for a busy second core would take most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def quick() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 class Block(nn.Module):
