@@ -202,7 +202,7 @@ def _priced_blocks(op: Op, choice: LoopChoice, requests: dict[int, Requests], re
 def fingerprint() -> Json:
     """All that a measured time depends on."""
     model = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-    return {"cpu": model, "cores": os.cpu_count(), "torch": torch.__version__, "threads": torch.get_num_threads(), "kernels": _kernels(), "format": 5}
+    return {"cpu": model, "cores": os.cpu_count(), "torch": torch.__version__, "threads": torch.get_num_threads(), "kernels": _kernels(), "format": 6}
 
 
 def _kernels() -> list[bool]:

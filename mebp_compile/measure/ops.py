@@ -13,6 +13,7 @@ import functools
 import gc
 import hashlib
 import importlib
+import statistics
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -114,7 +115,7 @@ def _measure_again(request: Json, result: Json) -> None:
         call, _ = _decoded(request)
         call()
         before = _other_work(request.get("between_bytes", 0))
-        result["time_us"] = min(result["time_us"], *(_sample(call, before) for _ in range(RUNS_AGAIN)))
+        result["time_us"] = min(result["time_us"], statistics.median(_sample(call, before) for _ in range(RUNS_AGAIN)))
         result["runs"] += RUNS_AGAIN
 
 
@@ -138,7 +139,7 @@ def _measure_op(request: Json) -> Json:
     retained_bytes = sum(storage.nbytes() for storage in _new_storages(outputs, given))
     described = [_describe(tensor, given) for tensor in tree_leaves(outputs) if isinstance(tensor, torch.Tensor)]
     del outputs
-    time_us, runs = _fastest_us(call, _other_work(request.get("between_bytes", 0)))
+    time_us, runs = _time_and_runs(call, _other_work(request.get("between_bytes", 0)))
     return {
         "time_us": time_us,
         "runs": runs,
@@ -186,12 +187,13 @@ def _malloc_of(call: Callable[[], Any], given: set[int], warm: bool) -> tuple[in
     return max(0, beyond_bytes - sum(storage.nbytes() for storage in _new_storages(outputs, given))), outputs
 
 
-def _fastest_us(call: Callable[[], Any], before: Callable[[], object]) -> tuple[float, int]:
-    """The shortest time of one call including the freeing of its outputs, and the number of calls; `before` each of them is not timed.
+def _time_and_runs(call: Callable[[], Any], before: Callable[[], object]) -> tuple[float, int]:
+    """The time of one call including the freeing of its outputs, and the number of calls; `before` each of them is not timed.
 
-    The minimum, not the median: what else the machine does can only add time, on shared cores up to a thousandfold (two OpenMP threads
-    that wait for one core), and what it adds says nothing about the op. A minimum that no second call comes near is not believed yet:
-    where others work on the machine, calls go on until two agree, or for PATIENCE times as long.
+    The first quartile: what else the machine does only adds time, on shared cores up to a thousandfold (two OpenMP threads that wait for one
+    core), and says nothing about the op; but a step meets the ordinary call, not the luckiest, and predictions from the shortest times were a
+    tenth too low. A minimum that no second call comes near is not believed yet: where others work on the machine, calls go on until two agree,
+    or for PATIENCE times as long.
     """
     began_ns = time.perf_counter_ns()
     samples = [_sample(call, before)]
@@ -201,7 +203,7 @@ def _fastest_us(call: Callable[[], Any], before: Callable[[], object]) -> tuple[
     patience_us = PATIENCE * max(TIME_PER_OP_US, sum(samples))
     while not _agree(samples) and sum(samples) < patience_us:
         samples.append(_sample(call, before))
-    return min(samples), len(samples)
+    return sorted(samples)[len(samples) // 4], len(samples)
 
 
 def _sample(call: Callable[[], Any], before: Callable[[], object]) -> float:
