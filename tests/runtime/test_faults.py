@@ -16,6 +16,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -569,7 +570,10 @@ def test_errors_in_the_thread_hold_nothing() -> None:
     with pytest.raises(DiskError, match="free memory") as raised:
         owner.fail().wait()
     assert "no_memory" in "".join(raised.value.__cause__.__notes__)
-    owner.fail()  # nobody waits for this one
+    late = owner.fail()  # nobody waits for this one
+    with no_hang():
+        while not late.done:  # till then it runs, and holds the owner
+            time.sleep(0.001)
     gone = weakref.ref(owner)
     del owner, raised
     gc.collect()
