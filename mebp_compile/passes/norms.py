@@ -31,7 +31,7 @@ from mebp_compile.passes.rewrite import (
     value,
 )
 
-TIER = "reassociate"
+TIER = "approximate"  # until gradients at small budgets are right with it: decision 14
 SAVES_MEMORY = False
 aten, mebp = torch.ops.aten, torch.ops.mebp
 CAST = aten._to_copy.default

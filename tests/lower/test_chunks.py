@@ -81,7 +81,7 @@ def by_size(op: Op, costs: Costs) -> tuple[OpCost, tuple[LoopChoice, ...]]:
 
 def planned(training: Training, pick: Pick, budget: int | str = "1GB", **options: object) -> CompiledStep:
     with chunked(pick):
-        step = optimize(training.step, budget, effort="fast", cache=False, numerics="reassociate", **options)  # type: ignore[arg-type]
+        step = optimize(training.step, budget, effort="fast", cache=False, **{"numerics": "reassociate", **options})  # type: ignore[arg-type]
         step.prepare(*training.batch(0))
     assert any(op.target == CHUNKS for op in step.graph.ops)
     return step
@@ -137,9 +137,9 @@ def test_fused_ops_go_in_blocks() -> None:
     recipe = FAMILIES["adapters"].but(sequence=32, zero="never", lora="model")
     own, other = recipe.build(), recipe.build()
     with estimated_costs():
-        whole_step = optimize(own.step, "1GB", effort="fast", cache=False, numerics="reassociate")
+        whole_step = optimize(own.step, "1GB", effort="fast", cache=False, numerics="approximate")
         expected = whole_step(*own.batch(0))
-    step = planned(other, in_blocks(2))
+    step = planned(other, in_blocks(2), numerics="approximate")
     torch.testing.assert_close(step(*other.batch(0)), expected, rtol=1e-3, atol=0)
     assert_near(own, other, 2e-2)
     inside = {op.target for region in step.graph.ops if region.body is not None for op in region.body.ops}
