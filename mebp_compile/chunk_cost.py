@@ -59,7 +59,7 @@ def _requests(body: Graph, ask: Callable[[Graph, Op], Json | None]) -> Requests:
             asked[op.name] = _tile_request(body, op)
             name, packed = op.args[1:3]
             asked[f"{op.name}_dequantise"] = ask(body, Op("", "run.dequantise", (name, packed), outputs=(name,)))
-        elif op.target == "run.dequantise" or (op.phase in ("tile", "dense") and op.target.startswith("aten.")):
+        elif op.target == "run.dequantise" or (op.phase in ("tile", "dense") and op.target.startswith(("aten.", "mebp."))):
             asked[op.name] = ask(body, op)
     return {name: request for name, request in asked.items() if request is not None}
 

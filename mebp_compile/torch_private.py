@@ -290,6 +290,14 @@ def written_arguments(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     return [item for item in written if isinstance(item, torch.fx.Node)]
 
 
+def viewed(target: Any, args: tuple[Any, ...]) -> Any:
+    """The argument whose memory the results show, for an op that only ever makes views; None for any other."""
+    if not isinstance(target, torch._ops.OpOverload) or not args:
+        return None
+    composite = target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+    return args[0] if target is torch.ops.aten._unsafe_view.default or (target.is_view and not composite) else None
+
+
 def draws_random_numbers(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the op advances the generator: its tag, except for attention without dropout, which carries the tag all the same."""
     if not is_random(target):

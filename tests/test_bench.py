@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import math
 import random
 import signal
 import xml.etree.ElementTree as xml
@@ -21,6 +22,7 @@ from mebp_compile.bench import Contestant, Result, nf4, race, read_rows, table, 
 from mebp_compile.bench.peers import PEERS, mezo_step, prepare
 from mebp_compile.bench.plot import pareto
 from mebp_compile.bench.race import _ended
+from mebp_compile.bench.report import trainings
 from mebp_compile.bench.torch_compile import compiled_step, remat_by_tags_step
 from mebp_compile.bench.unavailable import PeerUnavailable, in_short
 from mebp_compile.cli import PEERS as DEFAULT_PEERS
@@ -247,6 +249,18 @@ def test_verdicts() -> None:
         "ours against dead: not measured to the end, so nothing is said of it",
     ]
     assert verdicts(peers[:1]) == ["ours against slow: nothing of ours ran"]
+
+
+def test_another_training_is_named() -> None:
+    """Losses that leave eager's are said, a NaN too; those that stay are counted; without eager there is nothing to say."""
+    losses = {"eager": [10.0, 8.0], "near": [10.0, 8.008], "gone": [10.0, 9.0], "broken": [10.0, math.nan], "refused": []}
+    results = [Result(name, "eager" if name == "eager" else "ours", losses=held) for name, held in losses.items()]
+    assert trainings(results) == [
+        "gone: NOT the training of eager: losses are 12.50% apart",
+        "broken: NOT the training of eager: losses are inf% apart",
+        "losses of 1 of 3 rows of ours are within 0.100% of eager's in every step",
+    ]
+    assert trainings(results[1:]) == trainings(results[:1]) == []
 
 
 def test_rows_that_did_not_run_say_why() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,11 +14,12 @@ from mebp_compile.bench.race import Result
 
 MB = 10**6
 RATE = "matmul"  # the contestant that is no training
+SAME = 0.01  # losses further apart than this are not those of the same training
 
 
 def report(results: Sequence[Result], reference: str = "eager") -> str:
     """The table and a verdict on each peer, as text."""
-    return "\n".join([table(results, reference), "", *verdicts(results), *shares(results, reference)])
+    return "\n".join([table(results, reference), "", *verdicts(results), *trainings(results, reference), *shares(results, reference)])
 
 
 def write_report(results: Sequence[Result], folder: Path) -> list[Path]:
@@ -89,6 +91,22 @@ def _verdict(peer: Result, ours: Sequence[Result]) -> str:
     least = min(better, key=_bytes)
     named = [_against(least, peer)] if least is fastest else [_against(least, peer), _against(fastest, peer)]
     return f"below and left of its {size}: {' and '.join(named)}"
+
+
+def trainings(results: Sequence[Result], reference: str = "eager") -> list[str]:
+    """A line for each of ours whose losses leave the reference's, and one for the others: how far the losses of all steps are apart at most."""
+    base = next((result for result in results if result.kind == reference and result.losses), None)
+    ours = [result for result in results if result.kind == "ours" and result.losses]
+    if base is None or not ours:
+        return []
+    apart = {our.name: max(_apart(mine, its) for mine, its in zip(our.losses, base.losses, strict=False)) for our in ours}
+    gone = [f"{name}: NOT the training of {reference}: losses are {far:.2%} apart" for name, far in apart.items() if far > SAME]
+    near = [far for far in apart.values() if far <= SAME]
+    return [*gone, f"losses of {len(near)} of {len(ours)} rows of ours are within {max(near):.3%} of {reference}'s in every step"] if near else gone
+
+
+def _apart(mine: float, its: float) -> float:
+    return abs(mine / its - 1) if math.isfinite(mine) else math.inf
 
 
 def shares(results: Sequence[Result], reference: str = "eager") -> list[str]:

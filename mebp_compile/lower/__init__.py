@@ -217,6 +217,8 @@ class _Lowering:
             if len(self.values) > known:  # otherwise it only renames values that exist
                 self._view(name, target, args, kwargs, outputs, _listed(made), place)
             return outputs[0] if isinstance(made, torch.Tensor) else outputs
+        if creates and torch_private.viewed(target, fx_args) is not None:
+            raise GraphError(f"{target} at {torch_private.node_line(node)} is a view of a tensor that the graph does not hold", "report this step")
         reads = tuple(storage for storage in dict.fromkeys(used) if storage not in writes)
         out_target, out = out_kernel(target, made)
         fresh = tuple(output if output is not None and self.values[output].storage in creates else None for output in outputs)

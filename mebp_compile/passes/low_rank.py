@@ -17,9 +17,9 @@ import torch
 from torch.fx import Node
 
 from mebp_compile.kernels import fused
-from mebp_compile.passes.rewrite import DTYPES, VIEWS, drop, fresh, is_number, is_op, only_source, put, refresh_views, value
+from mebp_compile.passes.rewrite import DTYPES, VIEWS, drop, finish, fresh, is_number, is_op, only_source, put, value
 
-TIER = "approximate"  # until gradients at small budgets are right with it: decision 14
+TIER = "reassociate"
 SAVES_MEMORY = False
 WIDER = 4  # times the rank that a product has to be, to be low-rank
 aten, mebp = torch.ops.aten, torch.ops.mebp
@@ -33,7 +33,7 @@ def run(module: torch.fx.GraphModule) -> list[str]:
     scales = sum(_move_scale(node) for node in list(graph.find_nodes(op="call_function", target=aten.mul.Tensor)))
     for node in list(graph.find_nodes(op="call_function", target=aten.add.Tensor)):
         _fuse(node)
-    module.recompile()
+    finish(module)
     sums = len(graph.find_nodes(op="call_function", target=mebp.add_low_rank.default))
     notes = [f"low-rank sums: {sums:,} in one walk each"] if sums else []
     return notes + ([f"low-rank sums: {scales:,} scales left the wide gradients"] if scales else [])
@@ -130,7 +130,6 @@ def _move_scale(node: Node) -> bool:
     if not products:
         return False
     node.replace_all_uses_with(wide)
-    refresh_views(wide)
     for product in products:
         with product.graph.inserting_after(product):
             scaled = product.graph.call_function(aten.mul.Tensor)

@@ -38,7 +38,7 @@ def rewrite_each(module: torch.fx.GraphModule, what: str, nodes: Iterable[Node],
             done += 1
         except NotHere as reason:
             notes.append(f"{what}: not for the one at {torch_private.node_line(node)}, because {reason}")
-    module.recompile()
+    finish(module)
     return [*([f"{what}: {done:,} in one walk each"] if done else []), *dict.fromkeys(notes)]
 
 
@@ -134,13 +134,22 @@ def fresh(node: Node) -> None:
     node.meta["val"] = torch_private.dense_fake(torch_private.mode_of(old), old)
 
 
-def refresh_views(node: Node) -> None:
-    """Views of what a node made before are views of what it makes now."""
-    for user in node.users:
-        if user.target in VIEWS:
-            with torch_private.mode_of(value(node)):
-                user.meta["val"] = user.target(*torch.fx.map_arg(user.args, lambda arg: arg.meta["val"]))
-            refresh_views(user)
+def finish(module: torch.fx.GraphModule) -> None:
+    """The end of a pass: views, whose fake values still show the storage of what was replaced, show that of what took its place."""
+    module.recompile()
+    for node in module.graph.nodes:
+        origin = torch_private.viewed(node.target, node.args)
+        if isinstance(origin, Node) and not _shows(node, origin):
+            with torch_private.mode_of(value(origin)):
+                args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value)
+                node.meta["val"] = node.target(*args, **kwargs)
+
+
+def _shows(node: Node, origin: Node) -> bool:
+    made = node.meta["val"]
+    parts = made if isinstance(made, (list, tuple)) else (made,)
+    memory, *_ = torch_private.memory_of(value(origin))
+    return all(torch_private.memory_of(part)[0] == memory for part in parts)
 
 
 def drop(nodes: Iterable[Node]) -> None:

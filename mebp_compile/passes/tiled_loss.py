@@ -19,6 +19,7 @@ from torch.fx import Node
 from mebp_compile import torch_private
 from mebp_compile.kernels.cross_entropy import ROWS
 from mebp_compile.passes.loss_pattern import Loss, NotHere, match, places
+from mebp_compile.passes.rewrite import finish
 
 TIER = "reassociate"
 SAVES_MEMORY = True
@@ -37,7 +38,7 @@ def run(module: torch.fx.GraphModule) -> list[str]:
             continue
         _rewrite(module.graph, loss)
         notes.append(f"tiled loss: {loss.weight.meta['val'].shape[0]:,} logits a token at {line} are never whole{_form(loss)}")
-    module.recompile()
+    finish(module)
     return notes
 
 
@@ -78,7 +79,6 @@ def _rewrite(graph: torch.fx.Graph, loss: Loss) -> None:
             args = (loss.gradient, x, loss.weight, target, softmax, count, *form)
             made = _new(graph, mebp.head_gradient.default, args, node)
         node.replace_all_uses_with(made)
-        _refresh_views(made)
     _erase(graph, {*loss.gone, *loss.nll.users})
 
 
@@ -106,15 +106,6 @@ def _new(graph: torch.fx.Graph, target: Any, args: tuple[Any, ...], like: Node, 
     with torch_private.mode_of(like.meta["val"]):
         node.meta["val"] = target(*fakes, **kwargs)
     return node
-
-
-def _refresh_views(node: Node) -> None:
-    """Views of what a node made before are views of what it makes now."""
-    for user in node.users:
-        if user.target in (aten.t.default, aten.view.default, aten.detach.default, aten.alias.default):
-            with torch_private.mode_of(node.meta["val"]):
-                user.meta["val"] = user.target(*torch.fx.map_arg(user.args, lambda arg: arg.meta["val"]))
-            _refresh_views(user)
 
 
 def _erase(graph: torch.fx.Graph, gone: set[Node]) -> None:

@@ -15,7 +15,7 @@ from models import Recipe, Training
 
 from mebp_compile import compiler
 from mebp_compile.artifacts import check_artifacts
-from mebp_compile.chunk_cost import price_chunks
+from mebp_compile.chunk_cost import chunk_requests, price_chunks
 from mebp_compile.compiler import CompiledStep, optimize
 from mebp_compile.errors import BudgetInfeasible
 from mebp_compile.graph import CHUNKS, Graph, LoopChoice, Op, from_json, to_json
@@ -137,13 +137,17 @@ def test_fused_ops_go_in_blocks() -> None:
     recipe = FAMILIES["adapters"].but(sequence=32, zero="never", lora="model")
     own, other = recipe.build(), recipe.build()
     with estimated_costs():
-        whole_step = optimize(own.step, "1GB", effort="fast", cache=False, numerics="approximate")
+        whole_step = optimize(own.step, "1GB", effort="fast", cache=False, numerics="reassociate")
         expected = whole_step(*own.batch(0))
-    step = planned(other, in_blocks(2), numerics="approximate")
+    step = planned(other, in_blocks(2), numerics="reassociate")
     torch.testing.assert_close(step(*other.batch(0)), expected, rtol=1e-3, atol=0)
     assert_near(own, other, 2e-2)
     inside = {op.target for region in step.graph.ops if region.body is not None for op in region.body.ops}
     assert {"mebp.gated.default", "mebp.gated_backward.default"} <= inside
+    asked: set[str] = set()
+    for region in (op for op in step.graph.ops if op.body is not None):
+        chunk_requests(region, lambda _, op: asked.add(op.target))
+    assert {"mebp.gated.default", "mebp.gated_backward.default"} <= asked
     assert not any(op.target == "mebp.gated.default" for op in step.graph.ops)
 
 
