@@ -1,5 +1,5 @@
 /* Chains of elementwise ops in one walk: the sum with a low-rank product, gated units, RMSNorm, rotary embeddings, forward and backward. See
- * the Python files of the same names, which have the formulas and the twins in torch. Everything is computed in fp32 and rounded once.
+ * the Python files of the same names, which have the formulas and the twins in torch. Everything is computed in fp32 and rounded once, but where it is said.
  */
 #include "lanes.h"
 #include "threads.h"
@@ -38,7 +38,7 @@ INLINE float one_number(const char *from, int64_t index, int half) {
   CLONES static void NAME##_bf16(const void *work, int64_t first, int64_t last) { NAME(work, first, last, 1); }       \
   CLONES static void NAME##_fp32(const void *work, int64_t first, int64_t last) { NAME(work, first, last, 0); }
 
-/* ---- out = base + other + alpha a b ---- */
+/* ---- out = (base + alpha a b) + other, each sum rounded ---- */
 
 enum { STRIP = 256, BAND = 32, TOGETHER = 4, MOST_RANK = 64 };
 
@@ -71,17 +71,19 @@ INLINE void low_rank_rows(const LowRank *w, const float *strip, int64_t row, int
   }
   for (int64_t j = 0; j < count; j += LANES) {
     floats sum[TOGETHER], b, more;
-    for (int r = 0; r < rows; r++) {
-      load_some(&sum[r], from[0][r] + j * width_of(half), count - j, half);
-      if (!w->other) continue;
-      load_some(&more, from[1][r] + j * width_of(half), count - j, half);
-      sum[r] += more;
-    }
+    for (int r = 0; r < rows; r++) load_some(&sum[r], from[0][r] + j * width_of(half), count - j, half);
     for (int64_t k = 0; k < w->rank; k++) {
       memcpy(&b, strip + k * STRIP + j, sizeof b);
       for (int r = 0; r < rows; r++) sum[r] += b * a[r][k];
     }
-    for (int r = 0; r < rows; r++) store_some(to[r] + j * width_of(half), &sum[r], count - j, half);
+    for (int r = 0; r < rows; r++) {
+      if (w->other) {
+        load_some(&more, from[1][r] + j * width_of(half), count - j, half);
+        narrow(&sum[r], half);
+        sum[r] += more;
+      }
+      store_some(to[r] + j * width_of(half), &sum[r], count - j, half);
+    }
   }
 }
 

@@ -79,10 +79,17 @@ INLINE void load(floats *to, const void *from, int half) {
   }
 }
 
+/* The nearest numbers that bf16 has, ties to even; as they are where `half` is 0. */
+INLINE void narrow(floats *x, int half) {
+  const words bits = (words)*x;
+  if (half) *x = (floats)((bits + 0x7FFFu + ((bits >> 16) & 1u)) & 0xFFFF0000u);
+}
+
 INLINE void store(void *to, const floats *from, int half) {
   if (half) {
-    const words bits = (words)*from;
-    const halves part = __builtin_convertvector((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16, halves);
+    floats narrowed = *from;
+    narrow(&narrowed, half);
+    const halves part = __builtin_convertvector((words)narrowed >> 16, halves);
     memcpy(to, &part, sizeof part);
   } else {
     memcpy(to, from, sizeof *from);

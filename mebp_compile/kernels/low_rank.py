@@ -1,9 +1,10 @@
-"""The sum with a low-rank product, in one walk: `mebp::add_low_rank(base, a, b, alpha, other)` = base + other + alpha a b.
+"""The sum with a low-rank product, in one walk: `mebp::add_low_rank(base, a, b, alpha, other)` = (base + alpha a b) + other.
 
 LoRA adds such a product to each linear layer, forward (base: what the frozen weight gives) and backward (base: the gradient through it), and a
 residual or another layer's gradient (`other`) is usually added to that. One walk reads base and other and writes the sum; the wide product never
-exists. Tier "reassociate": products and sums are fp32 and rounded once, where the chain of ops rounds the product, its multiple and each sum, so
-that the error against float64 is one rounding to the dtype of base.
+exists. Tier "reassociate": base + alpha a b is computed in fp32 and rounded once, where the chain of ops rounds the product, its multiple and the
+sum. The sum with other is rounded on its own, as in the chain: half of the sums of two bf16 numbers of like size lie between two neighbours
+exactly, and a small product added before rounding would decide each of them, so that a small adapter would act as one ten times as large.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def add_low_rank_out(base: Tensor, a: Tensor, b: Tensor, alpha: float, other: Te
 
 def in_torch(base: Tensor, a: Tensor, b: Tensor, alpha: float, other: Tensor | None, out: Tensor) -> Tensor:
     """The twin of the C kernel."""
-    total = torch.mm(a.float(), b.float()).mul_(alpha).view(base.shape).add_(base)
-    return out.copy_(total if other is None else total.add_(other))
+    out.copy_(torch.mm(a.float(), b.float()).mul_(alpha).view(base.shape).add_(base))
+    return out if other is None else out.add_(other)
 
 
 _LIBRARY.impl("add_low_rank", add_low_rank, "CPU")

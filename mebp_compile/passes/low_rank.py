@@ -1,7 +1,7 @@
 """Low-rank sums: base + s (a b), as LoRA adds to each linear layer, in one walk over base; and its scale s out of the wide gradients.
 
     add(base, mul(mm(a, b), s))                  ->  add_low_rank(base, a, b, s)            a b never exists whole
-    add(add_low_rank(base, a, b, s), other)      ->  add_low_rank(base, a, b, s, other)     a residual, or another gradient
+    add(add_low_rank(base, a, b, s), other)      ->  add_low_rank(base, a, b, s, other)     a residual, or another gradient; rounded before
     mm(mul(d, s), b), mm(mul(d, s)^T, a)         ->  mul(mm(d, b), s), mul(mm(d^T, a), s)   where these are smaller than d
 
 Found by their shape (the inner dimension of a product is small), not by names; views may stand between. With adapters in fp32 beside a model in

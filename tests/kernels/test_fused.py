@@ -70,20 +70,29 @@ def checked(test: Callable[..., None]) -> Callable[..., None]:
 def test_the_sum_with_a_low_rank_product(
     native: bool, rows: int, columns: int, rank: int, dtype: torch.dtype, factors: torch.dtype, turned: bool, alpha: float, more: bool
 ) -> None:
-    """base + other + alpha a b, b stored either way, factors in another dtype."""
+    """base + alpha a b, b stored either way, factors in another dtype; other is added to what that is rounded to."""
     base, a = numbers(1, rows, columns, dtype=dtype), numbers(rows, rank, dtype=factors, seed=1)
     b = numbers(columns, rank, dtype=factors, seed=2).t() if turned else numbers(rank, columns, dtype=factors, seed=2)
     other = numbers(1, rows, columns, dtype=dtype, seed=3) if more else None
 
-    def chain(base: Tensor, a: Tensor, b: Tensor, other: Any) -> Tensor:
-        total = base + torch.mm(a, b).view(base.shape) * alpha
-        return (total if other is None else total + other).to(base.dtype)
-
-    narrow, want = both(chain, base, a, b, other)
-    no_worse(OPS.add_low_rank(base, a, b, alpha, other), narrow, want)
+    narrow, want = both(lambda base, a, b: (base + torch.mm(a, b).view(base.shape) * alpha).to(base.dtype), base, a, b)
+    total = OPS.add_low_rank(base, a, b, alpha, None)
+    no_worse(total, narrow, want)
+    assert torch.equal(OPS.add_low_rank(base, a, b, alpha, other), total if other is None else total + other)
     out = torch.empty_like(base)
     assert OPS.add_low_rank.out(base, a, b, alpha, other, out=out) is out
     assert torch.equal(out, OPS.add_low_rank(base, a, b, alpha, other))
+
+
+@twins
+def test_a_product_too_small_to_see_decides_no_tie(native: bool) -> None:
+    """Of the sums of two bf16 numbers many lie halfway between two others: a product below the rounding of base leaves them as they are."""
+    base, other = (numbers(64, 200, dtype=torch.bfloat16, seed=seed) for seed in (1, 2))
+    a, b = numbers(64, 8, dtype=torch.bfloat16, seed=3), numbers(8, 200, dtype=torch.bfloat16, seed=4)
+    wide = base.double() + other.double()
+    lies_between = (wide - 1e-5).bfloat16() != (wide + 1e-5).bfloat16()
+    assert lies_between.float().mean() > 0.1
+    assert (OPS.add_low_rank(base, a, b, 1e-6, other) != base + other).float().mean() < 0.005
 
 
 ACTS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
