@@ -1,16 +1,19 @@
-"""Command line: `python -m solvers solve problem.json --budget 60%`, `... check problem.json schedule.json`, `... bench`."""
+"""Command line: `python -m solvers solve problem.json --budget 60%`, `... check problem.json schedule.json`, `... pack blocks.csv`, `... bench`."""
 
 from __future__ import annotations
 
 import argparse
+import csv
 import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from solvers import bench
 from solvers.baselines import keep_all
 from solvers.check import Report, ScheduleError, replay
+from solvers.offsets import Lifespan, place
 from solvers.picture import picture
 from solvers.problem import Problem, ProblemError, read_problem
 from solvers.schedule import Schedule, format, format_bytes
@@ -58,6 +61,10 @@ def _parser() -> argparse.ArgumentParser:
     checking.add_argument("problem", type=Path)
     checking.add_argument("schedule", type=Path)
     checking.add_argument("--budget", help="instead of the problem's")
+    packing = commands.add_parser("pack", help="offsets in one arena for blocks that live for a while")
+    packing.add_argument("blocks", type=Path, help="a CSV file with the columns id, lower, upper, size: in memory during [lower, upper)")
+    packing.add_argument("--enough", type=int, default=0, metavar="BYTES", help="an arena that need not be smaller; otherwise the smallest")
+    packing.add_argument("--work", type=int, default=64, metavar="N", help="when to stop, in billions of looks at a block: about a second each")
     _add_bench(commands.add_parser("bench", help="run the instance suite against the best values known"))
     return parser
 
@@ -102,8 +109,23 @@ def _add_entries(folder: Path, problem: Path, shares: list[float]) -> None:
     bench.write_entries(folder, ({entry.name: entry for entry in bench.new_entries(problem, shares)} | entries).values())
 
 
+def _pack(arguments: argparse.Namespace) -> str:
+    """Place the blocks of a file; what to print."""
+    with arguments.blocks.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {"lower", "upper", "size"} <= rows[0].keys():
+        raise ValueError(f"{arguments.blocks} has no columns lower, upper and size")
+    items = [Lifespan(k, int(row["lower"]), int(row["upper"]), int(row["size"]), align=1) for k, row in enumerate(rows)]
+    started = time.perf_counter()
+    placement = place(items, enough_bytes=arguments.enough, work=arguments.work * 10**9)
+    seconds = time.perf_counter() - started
+    return f"{len(items)} blocks in {placement.arena_bytes:,} bytes; none need less than {placement.lower_bound_bytes:,}; {seconds:.2f} s"
+
+
 def _run(arguments: argparse.Namespace) -> str:
     """Carry out the command; returns what to print."""
+    if arguments.command == "pack":
+        return _pack(arguments)
     problem = read_problem(arguments.problem)
     if arguments.budget:
         problem = problem.with_budget(parse_budget(arguments.budget, problem))

@@ -5,15 +5,18 @@ The path doesn't depend on the budget: a smaller budget only means walking furth
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 
 from solvers.bounds import working_set
 from solvers.decode import Decisions, DecodeError, Tables, decode
 from solvers.emit import profile
 from solvers.evict import Rates, Round, State
+from solvers.problem import Choice, Op
 
 SMALL_OPS = 200
 TINY_FRACTION = 1 / 20_000
+SHARING_ROUNDS = 4  # in which ops choose by what others chose before
 
 
 def evaluate(tables: Tables, decisions: Decisions) -> State:
@@ -23,9 +26,30 @@ def evaluate(tables: Tables, decisions: Decisions) -> State:
 
 
 def first_decisions(tables: Tables) -> Decisions:
-    """Keep everything, run every op in its fastest way; persistent storages in memory."""
-    choice = [min(range(len(op.choices)), key=lambda k: (op.choices[k].time_us, k)) for op in tables.problem.ops]
-    return Decisions(choice)
+    """Keep everything, run every op in its fastest way; persistent storages in memory. What a way reads of an optional op's counts with that op's
+    time, shared among those who read it: a way without it may be faster than the op alone says."""
+    ops = tables.problem.ops
+    made = {s: min(choice.time_us for choice in op.choices) for op in ops if op.optional for s in op.creates}
+    fastest = [_fastest(op, op.choices[0], {}, Counter()) for op in ops]
+    choosing = [o for o, op in enumerate(ops) if any(s in made for choice in op.choices for s in choice.reads)]
+    for _ in range(SHARING_ROUNDS):
+        readers = Counter(s for op, k in zip(ops, fastest, strict=True) for s in set(op.choices[k].reads) if s in made)
+        before = list(fastest)
+        for o in choosing:
+            fastest[o] = _fastest(ops[o], ops[o].choices[before[o]], made, readers)
+        if fastest == before:
+            break
+    return Decisions(fastest)
+
+
+def _fastest(op: Op, now: Choice, made: Mapping[int, int], readers: Counter[int]) -> int:
+    """The op's fastest way with its share of what makes what it reads; `now` is the way in which it was counted among the readers."""
+
+    def whole_us(k: int) -> tuple[float, int]:
+        choice = op.choices[k]
+        return choice.time_us + sum(made[s] / (readers[s] + (s not in now.reads)) for s in set(choice.reads) if s in made), k
+
+    return min(range(len(op.choices)), key=whole_us)
 
 
 def descend(tables: Tables, transfer_weight: float, choice: list[int] | None = None, patience: int = 12) -> Iterator[State]:

@@ -1,7 +1,8 @@
 """Lifespans -> offsets in one arena, so that no two storages that live at the same time overlap.
 
 First-fit in several orders (by size, area, start), then a local search that moves what ends highest to the front of
-the order. On training steps first-fit already comes within a few per cent of the maximum load, the lower bound.
+the order, then the exact search of `pack`, at the maximum load first and between it and the arena found where that
+ends without an answer.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from solvers.pack import pack
 from solvers.problem import Problem
 from solvers.schedule import Free, Prefetch, Run, Schedule
 
 ALIGNMENT_BYTES = 64
 SEARCH_WORK = 40_000  # lifespans placed by the local search, roughly
+PACK_WORK = 1 << 32  # of the exact search, in its units: four seconds at most
+HEIGHTS = 6  # that the exact search is tried at
+LARGE = (50, 300, 2000)  # lifespans of more than this part of the arena are packed exactly, at first
 
 
 class OffsetError(ValueError):
@@ -90,13 +95,15 @@ def max_load_bytes(items: Sequence[Lifespan]) -> int:
     return most
 
 
-def place(items: Sequence[Lifespan], seed: int = 0) -> Placement:
-    """Offsets for the lifespans in a small arena. Deterministic for one seed. The result is checked.
+def place(items: Sequence[Lifespan], seed: int = 0, enough_bytes: int = 0, work: int = PACK_WORK) -> Placement:
+    """Offsets for the lifespans in a small arena. Deterministic for one seed and `work`. The result is checked.
 
-    Raises OffsetError for a lifespan that ends before it starts or isn't aligned to a power of two.
+    enough_bytes: an arena that need not be smaller. Raises OffsetError for a lifespan that ends before it starts or
+    isn't aligned to a power of two.
     """
     _check_items(items)
     bound = max_load_bytes(items)
+    enough = max(bound, enough_bytes)
     sizes = np.array([_padded(item) for item in items], dtype=np.int64)
     spans = np.array([(item.start, item.end) for item in items], dtype=np.int64).reshape(-1, 2)
     length = spans[:, 1] - spans[:, 0]
@@ -108,10 +115,12 @@ def place(items: Sequence[Lifespan], seed: int = 0) -> Placement:
         arena = int((offsets + sizes).max(initial=0))
         if best is None or arena < best[0]:
             best = (arena, offsets, order)
-        if arena <= bound:
+        if arena <= enough:
             break
     assert best is not None
-    arena, offsets, _ = _search(best, items, sizes, spans, bound, seed)
+    arena, offsets, _ = _search(best, items, sizes, spans, enough, seed)
+    if arena > enough and len({item.align for item in items}) == 1:
+        arena, offsets, bound = _exact((arena, offsets, bound), items, sizes, spans, enough, work, seed)
     placement = Placement(tuple(offsets.tolist()), arena, bound)
     check_offsets(items, placement)
     return placement
@@ -126,12 +135,22 @@ def _check_items(items: Sequence[Lifespan]) -> None:
 
 
 def _first_fit(
-    order: Sequence[int], items: Sequence[Lifespan], sizes: NDArray[np.int64], spans: NDArray[np.int64]
+    order: Sequence[int],
+    items: Sequence[Lifespan],
+    sizes: NDArray[np.int64],
+    spans: NDArray[np.int64],
+    fixed: tuple[NDArray[np.intp], NDArray[np.int64]] | None = None,
 ) -> NDArray[np.int64]:
-    """Each lifespan in turn at the lowest offset where it fits. Placed ones are kept sorted by offset."""
-    offsets = np.zeros(len(order), dtype=np.int64)
-    placed = np.zeros((4, len(order)), dtype=np.int64)  # offset, top, start, end
+    """Each lifespan in turn at the lowest offset where it fits, beside those that are `fixed` at offsets. Placed ones are kept sorted by offset."""
+    offsets = np.zeros(len(items), dtype=np.int64)
+    placed = np.zeros((4, len(items)), dtype=np.int64)  # offset, top, start, end
     count = 0
+    if fixed is not None:
+        some, lows = fixed
+        count = len(some)
+        offsets[some] = lows
+        rows = np.stack([lows, lows + sizes[some], spans[some, 0], spans[some, 1]])
+        placed[:, :count] = rows[:, np.argsort(lows, kind="stable")]
     for k in order:
         size, (start, end) = int(sizes[k]), spans[k]
         if size == 0 or start == end:
@@ -183,6 +202,41 @@ def _search(
         if height <= arena:
             best = (height, found, trial)
     return best
+
+
+def _exact(
+    best: tuple[int, NDArray[np.int64], int],
+    items: Sequence[Lifespan],
+    sizes: NDArray[np.int64],
+    spans: NDArray[np.int64],
+    enough: int,
+    work: int,
+    seed: int,
+) -> tuple[int, NDArray[np.int64], int]:
+    """(arena, offsets, bound) made better: the large lifespans packed at `enough`, or at heights halfway between the arena and what had no
+    answer, the others first-fit into their holes; with ever more of them large. A proof that there is no packing raises the bound."""
+    arena, offsets, bound = best
+    some = np.flatnonzero((sizes > 0) & (spans[:, 0] < spans[:, 1]))
+    parts = [part for part in LARGE if (sizes[some] * part < bound).any()]
+    for part in (*parts, 0):
+        large = some[sizes[some] * part >= bound] if part else some
+        rest = np.setdiff1d(some, large)
+        rest = rest[np.lexsort((-sizes[rest], spans[rest, 0] - spans[rest, 1]))]
+        failed = enough - 1
+        for number in range(HEIGHTS):
+            height = (failed + arena) // 2 if number else enough
+            if not failed < height < arena:
+                break
+            share = work // (1 + len(parts)) // (2 * HEIGHTS if number else 2)
+            found = pack(spans[large, 0], spans[large, 1], sizes[large], height, share, seed)
+            bound = max(bound, height + 1) if found.proven else bound
+            tried = None if found.offsets is None else _first_fit(rest.tolist(), items, sizes, spans, (large, found.offsets))
+            top = arena if tried is None else int((tried + sizes).max(initial=0))
+            if tried is None or top >= arena:
+                failed = height
+            else:
+                arena, offsets = top, tried
+    return arena, offsets, bound
 
 
 def check_offsets(items: Sequence[Lifespan], placement: Placement) -> None:
