@@ -3,7 +3,7 @@
 LoRA adds such a product to each linear layer, forward (base: what the frozen weight gives) and backward (base: the gradient through it), and a
 residual or another layer's gradient (`other`) is usually added to that. One walk reads base and other and writes the sum; the wide product never
 exists. Tier "reassociate": base + alpha a b is computed in fp32 and rounded once, where the chain of ops rounds the product, its multiple and the
-sum. The sum with other is rounded on its own, as in the chain: half of the sums of two bf16 numbers of like size lie between two neighbours
+sum. The sum with other is rounded on its own, as in the chain: every fourth or so of the sums of two bf16 numbers lies between two neighbours
 exactly, and a small product added before rounding would decide each of them, so that a small adapter would act as one ten times as large.
 """
 
