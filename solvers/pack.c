@@ -10,7 +10,6 @@
  */
 #include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -76,6 +75,15 @@ static int before(const Search *s, int a, int b) {
   return s->at[a] != s->at[b] ? s->at[a] < s->at[b] : s->rank[a] < s->rank[b];
 }
 
+/* Where the part that begins at `from` ends: blocks in order of their first section, up to where none lives on into the next one's. */
+static int part_end(const Search *s, const int32_t *blocks, int count, int from) {
+  int32_t end = s->last[blocks[from]];
+  int to = from + 1;
+  for (; to < count && s->first[blocks[to]] < end; to++)
+    if (s->last[blocks[to]] > end) end = s->last[blocks[to]];
+  return to;
+}
+
 static int solve(Search *s, const int32_t *blocks, int count, int64_t ground, int32_t rank, int32_t *room);
 
 /* The most bytes not placed at a section of the block. */
@@ -119,9 +127,7 @@ static int place(Search *s, const int32_t *blocks, int count, int chosen, int32_
   for (int32_t t = s->first[chosen]; t < s->last[chosen]; t++) s->rest[t] -= s->size[chosen];
   s->work -= count;
   for (int from = 0, to = 0; from < left && answer == YES; from = to) {
-    int32_t end = s->last[room[from]];
-    for (to = from + 1; to < left && s->first[room[to]] < end; to++)
-      if (s->last[room[to]] > end) end = s->last[room[to]];
+    to = part_end(s, room, left, from);
     if (s->by_load && to - from < left)
       answer = solve_anew(s, room + from, to - from, offset, room + left);
     else
@@ -171,9 +177,7 @@ EXPORT int mebp_pack(int32_t count, int32_t sections, const int32_t *first, cons
     }
     answer = YES;
     for (int from = 0, to = 0; from < count && answer == YES; from = to) {
-      int32_t end = last[from];
-      for (to = from + 1; to < count && first[to] < end; to++)
-        if (last[to] > end) end = last[to];
+      to = part_end(&s, s.stack, count, from);
       answer = solve(&s, s.stack + from, to - from, 0, -1, s.stack + count);
     }
   }

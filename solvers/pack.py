@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
-MOST_BLOCKS = 4000  # the search takes four bytes for each pair of them
+MOST_BLOCKS = 4000  # the search takes eight bytes for each pair of them
 FIRST_WORK = 1 << 24  # of one order; a unit is a section of time of one block, looked at once: a nanosecond at most
 FIRST_ORDERS = (("load", "length", "area"), ("load", "area", "length"), ("length", "area", "load"))
 NOISES = (0.0, 0.05, 0.3)

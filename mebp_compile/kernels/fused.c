@@ -1,5 +1,6 @@
 /* Chains of elementwise ops in one walk: the sum with a low-rank product, gated units, RMSNorm, rotary embeddings, forward and backward. See
- * the Python files of the same names, which have the formulas and the twins in torch. Everything is computed in fp32 and rounded once, but where it is said.
+ * the Python files of the same names, which have the formulas and the twins in torch. Everything is computed in fp32 and rounded once, but where
+ * it is said.
  */
 #include "lanes.h"
 #include "threads.h"
