@@ -127,7 +127,7 @@ class Round:
 
     def run(self) -> Decisions | None:
         """Evict at the events above the target, highest first. None if nothing can be evicted at the highest."""
-        for _ in range(EVENTS_PER_ROUND):
+        for _ in range(EVENTS_PER_ROUND if len(self.live) else 0):  # without a run or a read there is nothing to relieve
             event = int(self.live.argmax())
             if self.live[event] <= self.target:
                 break
@@ -138,7 +138,7 @@ class Round:
             if not self.applied:
                 return None
             self.live[event] = min(int(self.live[event]), self.target)
-        return self.decisions
+        return self.decisions if len(self.live) else None
 
     def relieve(self, event: int) -> None:
         """Evict at one event, cheapest first, until it is at the target. Prices are refreshed when their turn comes."""

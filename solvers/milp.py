@@ -38,7 +38,8 @@ LEAST_RATE = 0.02  # of a transfer's duration, where it delays compute by less: 
 DISK_SHARE = 0.9  # of the step, that the disk may be busy
 RELATIVE_GAP = 7e-4
 EPSILON = 1e-6
-CORES = (0.5, 50.0)  # us: the second, wider core is for the case that the first has no good solution
+CORES = (5e-7, 5e-5, math.inf)  # of the step's time: each wider core is for the case that those before have no good solution
+GOOD_CORE = 1.001  # times the relaxation
 THRESHOLDS = (0.3, 0.5)
 MAX_RERUNS = 20_000
 LEAST_SECONDS = 1.0
@@ -284,6 +285,10 @@ class Residency:
         once = sum(op.choices[k].time_us for index, (op, k) in enumerate(ops) if index not in self.blocks.menu and not op.optional)
         return once + self.cost.constant
 
+    def time_us(self, result: SolveResult) -> float:
+        """What the step takes, as the model sees it."""
+        return float(result.objective_value()) + self.base_us() - self.cost.constant
+
     def decisions(self, values: dict[Variable, float]) -> Decisions:
         """Values as decisions: a cut for every gap that isn't kept, and for the interior of what runs again."""
 
@@ -344,8 +349,9 @@ def plans(tables: Tables, choice: list[int], deadline: float) -> Iterator[Decisi
         return
     for threshold in THRESHOLDS:
         yield model.rounded(relaxed, threshold)
-    for worth_us in CORES:
-        result = model.core(relaxed, worth_us, deadline - time.monotonic())
+    for worth in CORES:
+        result = model.core(relaxed, worth * model.base_us(), deadline - time.monotonic())
         if result is not None:
             yield model.decisions(result.variable_values())
-            return
+            if model.time_us(result) <= GOOD_CORE * model.time_us(relaxed):
+                return

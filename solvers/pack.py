@@ -8,15 +8,13 @@ Without the library (no C compiler at install) nothing is found.
 from __future__ import annotations
 
 import ctypes
-import importlib.machinery
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from solvers.library import load_library, pointer
 
 Ints = NDArray[np.int64]
 MOST_BLOCKS = 4000  # the search takes eight bytes for each pair of them
@@ -35,7 +33,7 @@ class Packing:
 
 def pack(starts: Ints, ends: Ints, sizes: Ints, height: int, work: int, seed: int = 0) -> Packing:
     """Blocks of `sizes` during [starts, ends), none empty, below `height`. Deterministic: it ends after so much `work`, whatever the machine."""
-    library = _library()
+    library = load_library("pack")
     if library is None or len(sizes) > MOST_BLOCKS:
         return Packing(None, False)
     by_start = np.argsort(starts, kind="stable")
@@ -48,8 +46,10 @@ def pack(starts: Ints, ends: Ints, sizes: Ints, height: int, work: int, seed: in
             break
         rank = np.empty(len(sizes), np.int32)
         rank[order] = np.arange(len(sizes))
-        columns = [column.ctypes.data for column in (first, last, sizes, rank)]
-        answer = library.mebp_pack(len(sizes), len(times), *columns, by_load, height, min(share, work), found.ctypes.data)
+        answer = library.mebp_pack(
+            len(sizes), len(times), *(pointer(column) for column in (first, last, sizes, rank)), ctypes.c_int(by_load), ctypes.c_int64(height),
+            ctypes.c_int64(min(share, work)), pointer(found),
+        )  # fmt: skip
         if answer >= 0:
             offsets = np.empty_like(found)
             offsets[by_start] = found
@@ -80,14 +80,3 @@ def _orders(
             drawn, noise = draw.permutation(list(keys)), draw.choice(NOISES)
             yield np.lexsort([-keys[name] * np.exp(noise * draw.standard_normal(len(sizes))) for name in drawn]), draw.random() < 0.5, share
         share *= 2
-
-
-@cache
-def _library() -> Any:
-    stem = Path(__file__).with_name("_pack")
-    for path in filter(Path.exists, (stem.with_name(stem.name + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES)):
-        library = ctypes.CDLL(str(path))
-        pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-        library.mebp_pack.argtypes = [integer, integer, *[pointer] * 4, integer, long, long, pointer]
-        return library
-    return None

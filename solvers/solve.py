@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from solvers import anneal
 from solvers.bounds import roofline_us, working_set
 from solvers.check import Report, ScheduleError, replay
 from solvers.cut_bound import lower_bound_us
@@ -28,6 +29,7 @@ ALL_USED = 0.9  # of the budget
 MODEL_SECONDS = 2.0  # with less time left the global model is not tried
 MODEL_SHARE = 0.7  # of the time left
 REPAIRS = 30
+BASE_ORDER_SHARE = 0.5  # of the time, where the order is free as well
 MODEL_WORTH = 1.001  # times the bound: a schedule so good is left as it is
 
 
@@ -95,8 +97,9 @@ def solve(
 ) -> Solution:
     """The fastest schedule found within the budget.
 
-    effort: "fast" (greedy), "balanced" or "proof" (and a tighter bound, the global model, search from the best; on problems of up to
-    EXACT_OPS ops the exact model instead of the global one; both are the same today). The limit cuts only what comes after the greedy answer.
+    effort: "fast" (greedy), "balanced" (and a tighter bound, the global model, search from the best; on problems of up to EXACT_OPS ops the
+    exact model instead of the global one) or "proof" (half of the time for the same, half for other orders of the ops). The limit cuts only what
+    comes after the greedy answer.
     hints: schedules to start from.
     Raises ProblemError for a malformed problem, Infeasible if nothing fits, ValueError for an unknown effort.
     """
@@ -108,7 +111,8 @@ def solve(
     for hint in hints:
         best.offer(hint, "hint")
     bound = roofline_us(problem) if effort == "fast" else lower_bound_us(problem)
-    course = _Course(tables, best, deadline, seed, progress, bound)
+    in_base_order = time_limit_s * (BASE_ORDER_SHARE if effort == "proof" else 1.0)
+    course = _Course(tables, best, deadline - time_limit_s + in_base_order, seed, progress, bound)
     modelled = effort != "fast" and len(problem.ops) > EXACT_OPS
     smallest_found = _offer_greedy(course, first_only=modelled)
     if modelled:
@@ -116,6 +120,8 @@ def solve(
         smallest_found += _offer_greedy(course)
     if effort != "fast":
         _offer_search(course)
+    if effort == "proof":
+        _offer_reordered(replace(course, deadline=deadline))
     exact_bound = _offer_exact(problem, best, effort, deadline)
     if best.schedule is None or best.report is None:
         raise Infeasible(min(smallest_found), *working_set(problem))  # no path was skipped without a schedule
@@ -249,6 +255,32 @@ def _offer_search(course: _Course) -> None:
         until = time.monotonic() + (left if number == len(starts) else left / 2)
         found = search(tables, state, weight, until, SEARCH_ROUNDS, course.seed, course.progress)
         _offer_state(tables, best, found, f"{best.method} and search" if best.method == "model" else "search")
+
+
+def _offer_reordered(course: _Course) -> None:
+    """Order free: what annealing finds, as it is and as the order from which the solvers start again."""
+    problem, best = course.tables.problem, course.best
+    if best.report is not None and best.report.time_us <= MODEL_WORTH * course.bound_us:
+        return
+    ways = first_decisions(course.tables).choice if best.schedule is None else _ways(course.tables, best.schedule)
+    resident = frozenset[int]() if best.schedule is None else best.schedule.resident
+    setting = anneal.Setting(ways, frozenset(s for s, may in enumerate(course.tables.may_leave) if may) - resident)
+    sequence = anneal.sequence_of(problem, setting, course.seed)
+    if not sequence:
+        return
+    schedule = anneal.schedule_of(problem, setting, sequence)
+    if schedule is not None:
+        best.offer(schedule, "annealing")
+        course.tell("annealing")
+    order = anneal.base_order(problem, sequence)
+    left = course.deadline - time.monotonic()
+    if best.report is not None and (best.report.time_us <= MODEL_WORTH * course.bound_us or left < 0):
+        return
+    try:
+        found = solve(anneal.reordered(problem, order), "balanced", left, course.seed, progress=course.progress)
+    except Infeasible:
+        return
+    best.offer(anneal.renamed(found.schedule, order), f"annealed order, {found.method}")
 
 
 def _weights(problem: Problem) -> list[float]:

@@ -8,9 +8,10 @@ import pytest
 
 from solvers import offsets, pack
 from solvers.__main__ import main
+from solvers.library import load_library
 from solvers.offsets import Lifespan, check_offsets, max_load_bytes, place
 
-needs_library = pytest.mark.skipif(pack._library() is None, reason="pack.c is not built (no C compiler)")
+needs_library = pytest.mark.skipif(load_library("pack") is None, reason="pack.c is not built (no C compiler)")
 Block = tuple[int, int, int]
 
 
@@ -89,7 +90,7 @@ def test_work_ends_the_search_and_repeats() -> None:
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """First fit and local search alone: a placement all the same."""
-    monkeypatch.setattr(pack, "_library", lambda: None)
+    monkeypatch.setattr(pack, "load_library", lambda name: None)
     items = [Lifespan(k, *block) for k, block in enumerate(cut_rectangle(0, 60))]
     assert place(items).arena_bytes >= max_load_bytes(items)
 
