@@ -1,4 +1,4 @@
-"""Command line: `python -m solvers solve problem.json --budget 60%`, `... check problem.json schedule.json`, `... pack blocks.csv`, `... bench`."""
+"""Command line: `python -m solvers solve problem.json --budget 60%`, and check, compare, convert, pack and bench."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pathlib import Path
 from solvers import bench
 from solvers.baselines import keep_all
 from solvers.check import Report, ScheduleError, replay
+from solvers.compare import comparison
+from solvers.node_link import problem_of
 from solvers.offsets import Lifespan, place
 from solvers.picture import picture
 from solvers.problem import Problem, ProblemError, read_problem
@@ -61,6 +63,14 @@ def _parser() -> argparse.ArgumentParser:
     checking.add_argument("problem", type=Path)
     checking.add_argument("schedule", type=Path)
     checking.add_argument("--budget", help="instead of the problem's")
+    comparing = commands.add_parser("compare", help="fixed and tuned schedules, each beside what is solved in the same bytes")
+    comparing.add_argument("problem", type=Path)
+    comparing.add_argument("--budgets", default="50%,25%,15%", help="of the tuned ones")
+    comparing.add_argument("--effort", choices=EFFORTS, default="balanced")
+    comparing.add_argument("--time-limit", type=float, default=20.0, help="seconds for each line")
+    converting = commands.add_parser("convert", help="write a published graph (networkx node-link JSON with costs) as a problem")
+    converting.add_argument("graph", type=Path)
+    converting.add_argument("problem", type=Path)
     packing = commands.add_parser("pack", help="offsets in one arena for blocks that live for a while")
     packing.add_argument("blocks", type=Path, help="a CSV file with the columns id, lower, upper, size: in memory during [lower, upper)")
     packing.add_argument("--enough", type=int, default=0, metavar="BYTES", help="an arena that need not be smaller; otherwise the smallest")
@@ -122,10 +132,29 @@ def _pack(arguments: argparse.Namespace) -> str:
     return f"{len(items)} blocks in {placement.arena_bytes:,} bytes; none need less than {placement.lower_bound_bytes:,}; {seconds:.2f} s"
 
 
+def _convert(arguments: argparse.Namespace) -> str:
+    """Write a graph as a problem; what to print."""
+    problem = problem_of(arguments.graph.read_text())
+    arguments.problem.write_text(problem.to_json())
+    peak = replay(problem, keep_all(problem)).peak_bytes
+    return f"{len(problem.ops)} ops in {arguments.problem}; keeping everything needs {peak:,} units of memory"
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    """Print the table line by line: it takes a while."""
+    problem = read_problem(arguments.problem)
+    budgets = [parse_budget(text, problem) for text in arguments.budgets.split(",")]
+    for line in comparison(problem, budgets, arguments.effort, arguments.time_limit):
+        print(line, flush=True)
+    return 0
+
+
 def _run(arguments: argparse.Namespace) -> str:
     """Carry out the command; returns what to print."""
     if arguments.command == "pack":
         return _pack(arguments)
+    if arguments.command == "convert":
+        return _convert(arguments)
     problem = read_problem(arguments.problem)
     if arguments.budget:
         problem = problem.with_budget(parse_budget(arguments.budget, problem))
@@ -149,6 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if parsed.command == "bench":
             return _bench(parsed)
+        if parsed.command == "compare":
+            return _compare(parsed)
         print(_run(parsed))
     except (Infeasible, ProblemError, ScheduleError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

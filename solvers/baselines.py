@@ -1,15 +1,16 @@
-"""Simple schedules: what the solvers are compared with, and where they start."""
+"""Fixed schedules, the same whatever the budget: what the solvers are compared with."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from solvers.check import replay
 from solvers.decode import Decisions, DecodeError, Tables
 from solvers.emit import emit, synchronous
 from solvers.evict import State
-from solvers.greedy import descend, evaluate, first_decisions
+from solvers.greedy import evaluate, first_decisions
 from solvers.problem import Op, Problem
 from solvers.schedule import Schedule
 
@@ -26,16 +27,14 @@ def layer_of(module: str) -> str:
 
 def keep_all(problem: Problem) -> Schedule:
     """Every storage is live from its creation to its last need, persistent ones always; choice 0 everywhere."""
-    tables = Tables(problem)
-    return _schedule(tables, evaluate(tables, Decisions([0] * len(problem.ops))))
+    return one_by_one(problem, "keep_all")
 
 
 def per_layer(problem: Problem) -> Schedule:
     """Only what passes from layer to layer is kept from the forward; the interior of a layer is recomputed when its
     backward begins; frozen weights are read from disk where they are used, each op runs in its fastest way
     (memory-efficient backpropagation, arXiv 2510.03425). What can't be recomputed is kept."""
-    border = _border(problem)
-    return _cut(problem, {storage: [border] for storage in _interior(problem)}, stream=True)
+    return one_by_one(problem, "per_layer")
 
 
 def mesp(problem: Problem) -> Schedule:
@@ -52,34 +51,65 @@ def mesp(problem: Problem) -> Schedule:
     attention op the graph has is used), their full logits where the graph has a tiled loss, their cache clearing. Modules tell what is what:
     layers as in `layer_of`, adapters by "lora_" in the path; without such names it comes close to `per_layer`.
     """
-    border = _border(problem)
-    cuts = {storage: {border} for storage in _interior(problem)}
-    for storage, position in _structured_uses(problem):
-        if storage in cuts:
-            cuts[storage].add(position)
-    return _cut(problem, {storage: sorted(positions) for storage, positions in cuts.items()}, stream=True, packed_head=True)
+    return one_by_one(problem, "mesp")
+
+
+def sqrt_n(problem: Problem) -> Schedule:
+    """The layers in about sqrt(n) segments of as many: only what passes from one segment to the next is kept from the forward, and a segment
+    runs again when its backward begins (Chen et al., arXiv 1604.06174); frozen weights as in `per_layer`."""
+    return one_by_one(problem, "sqrt_n")
 
 
 def recompute_all(problem: Problem) -> Schedule:
     """Nothing made in the forward is kept for the backward, save what can't be recomputed."""
-    border = _border(problem)
-    return _cut(problem, {storage: [border] for op in problem.ops for storage in op.creates})
+    return one_by_one(problem, "recompute_all")
 
 
-def greedy(problem: Problem, transfer_weight: float = 0.3) -> Schedule:
-    """The first state of the greedy descent that fits the budget, or its smallest one, with synchronous transfers."""
+def one_by_one(problem: Problem, scheme: str) -> Schedule:
+    """The scheme's schedule, replayed; each transfer is waited for where it begins."""
     tables = Tables(problem)
-    best = None
-    for state in descend(tables, transfer_weight):
-        if best is None or state.profile.peak_bytes < best.profile.peak_bytes:
-            best = state
-        if state.profile.peak_bytes <= problem.budget_bytes:
-            break
-    assert best is not None
-    return _schedule(tables, best)
+    state = SCHEMES[scheme](tables)
+    schedule = emit(tables, state.decisions, state.trace, synchronous(state.trace))
+    replay(problem, schedule, enforce_budget=False)
+    return schedule
 
 
-def _border(problem: Problem) -> int:
+def _keep_all(tables: Tables) -> State:
+    return evaluate(tables, Decisions([0] * len(tables.problem.ops)))
+
+
+def _per_layer(tables: Tables) -> State:
+    return cut(tables, dict.fromkeys(interior(tables.problem), (border_of(tables.problem),)), stream=True)
+
+
+def _mesp(tables: Tables) -> State:
+    problem, border = tables.problem, border_of(tables.problem)
+    cuts = {storage: {border} for storage in interior(problem)}
+    for storage, position in _structured_uses(problem):
+        if storage in cuts:
+            cuts[storage].add(position)
+    return cut(tables, {storage: sorted(positions) for storage, positions in cuts.items()}, stream=True, packed_head=True)
+
+
+def _sqrt_n(tables: Tables) -> State:
+    layers = list(dict.fromkeys(layer for op in tables.problem.ops if (layer := layer_of(op.module))))
+    length = math.isqrt(max(len(layers) - 1, 0)) + 1
+    segment = {layer: f"segment {k // length}" for k, layer in enumerate(layers)}
+    inside = interior(tables.problem, lambda module: segment.get(layer_of(module), ""))
+    return cut(tables, dict.fromkeys(inside, (border_of(tables.problem),)), stream=True)
+
+
+def _recompute_all(tables: Tables) -> State:
+    border = border_of(tables.problem)
+    return cut(tables, {storage: (border,) for op in tables.problem.ops for storage in op.creates})
+
+
+SCHEMES: dict[str, Callable[[Tables], State]] = {
+    "keep_all": _keep_all, "per_layer": _per_layer, "mesp": _mesp, "sqrt_n": _sqrt_n, "recompute_all": _recompute_all,
+}  # fmt: skip
+
+
+def border_of(problem: Problem) -> int:
     """Index of the first backward op."""
     return next((k for k, op in enumerate(problem.ops) if op.phase == "backward"), len(problem.ops))
 
@@ -89,14 +119,15 @@ def _reads(op: Op) -> set[int]:
     return {storage for choice in op.choices for storage in choice.reads}
 
 
-def _interior(problem: Problem) -> list[int]:
-    """Storages made in a layer that its forward does not hand to another one, and those that optional ops make."""
-    layers = [layer_of(op.module) for op in problem.ops]
+def interior(problem: Problem, part_of: Callable[[str], str] = layer_of) -> list[int]:
+    """Storages made in a part (by default a layer) that its forward does not hand to another one, and those that optional ops make.
+    part_of: the part of a module, "" for none."""
+    parts = [part_of(op.module) for op in problem.ops]
     kept: set[int] = set()
-    created_in = {s: layers[k] for k, op in enumerate(problem.ops) for s in op.creates}
-    for k, op in enumerate(problem.ops[: _border(problem)]):
-        kept.update(s for s in _reads(op) if created_in.get(s, "") != layers[k])
-    inner = [s for s, layer in created_in.items() if layer and s not in kept]
+    created_in = {s: parts[k] for k, op in enumerate(problem.ops) for s in op.creates}
+    for k, op in enumerate(problem.ops[: border_of(problem)]):
+        kept.update(s for s in _reads(op) if created_in.get(s, "") != parts[k])
+    inner = [s for s, part in created_in.items() if part and s not in kept]
     made_at_will = [s for op in problem.ops if op.optional for s in op.creates]
     return list(dict.fromkeys((*inner, *made_at_will)))
 
@@ -115,7 +146,7 @@ def _block_of(module: str) -> Block:
 def _structured_uses(problem: Problem) -> Iterator[tuple[int, int]]:
     """(storage, op) for what is made once more: the backward op before which it is not in memory. For what adapters and
     dequantisation make, that is each reader; for the rest, the first backward op of the reader's block."""
-    border = _border(problem)
+    border = border_of(problem)
     stored = _stored(problem)
     made = {s for op in problem.ops[:border] for s in op.creates}
     at_each_use = {s for op in problem.ops[:border] if op.optional or _ADAPTER in op.module for s in op.creates}
@@ -133,7 +164,7 @@ def _structured_uses(problem: Problem) -> Iterator[tuple[int, int]]:
 
 def _stored(problem: Problem) -> set[int]:
     """Storages of the forward that stay in memory from a layer's second run to their uses, see `mesp`."""
-    forward = problem.ops[: _border(problem)]
+    forward = problem.ops[: border_of(problem)]
     adapted = {op.module.partition(_ADAPTER)[0] for op in forward if _ADAPTER in op.module}
     attention = {_block_of(op.module) for op in forward if _ATTENTION.search(op.name)}
     stored, attended, made_in = set[int](), set[Block](), dict[int, str]()
@@ -162,28 +193,21 @@ def _packed_ways(problem: Problem, choice: list[int]) -> list[int]:
     return result
 
 
-def _cut(problem: Problem, cuts: Mapping[int, Sequence[int]], stream: bool = False, packed_head: bool = False) -> Schedule:
+def cut(tables: Tables, cuts: Mapping[int, Sequence[int]], stream: bool = False, packed_head: bool = False) -> State:
     """Cut each storage at its positions, except those storages that turn out not to be recomputable. stream: what no op
     writes has its home on disk and is read at each of the two uses. packed_head: see `_packed_ways`."""
-    tables, border, cut = Tables(problem), _border(problem), dict(cuts)
+    problem, border, left = tables.problem, border_of(tables.problem), dict(cuts)
     choice, frozen = [0] * len(problem.ops), set[int]()
     if stream:
         fastest = first_decisions(tables).choice
         choice = _packed_ways(problem, fastest) if packed_head else fastest
         frozen = {s for s, may in enumerate(tables.may_leave) if may and s not in tables.written}
     while True:
-        made = {storage: list(positions) for storage, positions in cut.items()}
+        made = {storage: list(positions) for storage, positions in left.items()}
         decisions = Decisions(list(choice), {**made, **{s: [border] for s in frozen}}, away=set(frozen))
         try:
-            return _schedule(tables, evaluate(tables, decisions))
+            return evaluate(tables, decisions)
         except DecodeError as error:
-            if error.storage not in cut:
-                return keep_all(problem)
-            del cut[error.storage]
-
-
-def _schedule(tables: Tables, state: State) -> Schedule:
-    """The synchronous schedule of a state, replayed."""
-    schedule = emit(tables, state.decisions, state.trace, synchronous(state.trace))
-    replay(tables.problem, schedule, enforce_budget=False)
-    return schedule
+            if error.storage not in left:
+                return _keep_all(tables)
+            del left[error.storage]

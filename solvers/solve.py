@@ -98,8 +98,8 @@ def solve(
     """The fastest schedule found within the budget.
 
     effort: "fast" (greedy), "balanced" (and a tighter bound, the global model, search from the best; on problems of up to EXACT_OPS ops the
-    exact model instead of the global one) or "proof" (half of the time for the same, half for other orders of the ops). The limit cuts only what
-    comes after the greedy answer.
+    exact model instead of the global one) or "proof" (on problems of up to anneal.MOST_OPS ops half of the time for other orders of the ops; the
+    same otherwise). The limit cuts only what comes after the greedy answer.
     hints: schedules to start from.
     Raises ProblemError for a malformed problem, Infeasible if nothing fits, ValueError for an unknown effort.
     """
@@ -111,7 +111,8 @@ def solve(
     for hint in hints:
         best.offer(hint, "hint")
     bound = roofline_us(problem) if effort == "fast" else lower_bound_us(problem)
-    in_base_order = time_limit_s * (BASE_ORDER_SHARE if effort == "proof" else 1.0)
+    free_order = effort == "proof" and len(problem.ops) <= anneal.MOST_OPS
+    in_base_order = time_limit_s * (BASE_ORDER_SHARE if free_order else 1.0)
     course = _Course(tables, best, deadline - time_limit_s + in_base_order, seed, progress, bound)
     modelled = effort != "fast" and len(problem.ops) > EXACT_OPS
     smallest_found = _offer_greedy(course, first_only=modelled)
@@ -120,7 +121,7 @@ def solve(
         smallest_found += _offer_greedy(course)
     if effort != "fast":
         _offer_search(course)
-    if effort == "proof":
+    if free_order:
         _offer_reordered(replace(course, deadline=deadline))
     exact_bound = _offer_exact(problem, best, effort, deadline)
     if best.schedule is None or best.report is None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from generators import layered, small, transformer
 
-from solvers.baselines import greedy, keep_all, layer_of, per_layer, recompute_all
+from solvers.baselines import keep_all, layer_of, per_layer, recompute_all
 from solvers.bounds import roofline_us, working_set
 from solvers.check import replay
 from solvers.decode import Tables
@@ -128,15 +128,12 @@ def test_decoded_profile_is_the_replay(problem: Problem) -> None:
 def test_baselines_are_valid_and_ordered() -> None:
     """keep_all is fastest and largest; per_layer recomputes each layer at most once and needs less memory."""
     problem = transformer(4, 16, 16, adam=False)
-    kept, layered_, again, found = (
-        replay(problem, f(problem), False) for f in (keep_all, per_layer, recompute_all, greedy)
-    )
+    kept, layered_, again = (replay(problem, f(problem), False) for f in (keep_all, per_layer, recompute_all))
     assert kept.time_us == sum(op.choices[0].time_us for op in problem.ops)
     assert kept.recomputes == 0
     assert layered_.peak_bytes < kept.peak_bytes
     assert 0 < layered_.recomputes < sum(op.phase == "forward" for op in problem.ops)
     assert again.recomputes >= layered_.recomputes
-    assert found.peak_bytes <= problem.budget_bytes
 
 
 def test_layer_of() -> None:

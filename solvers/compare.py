@@ -1,0 +1,60 @@
+"""A table: fixed and tuned schedules, and what the solvers make of the same budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from solvers.baselines import SCHEMES
+from solvers.check import ScheduleError, replay
+from solvers.decode import Tables
+from solvers.emit import emit, overlapped, synchronous
+from solvers.evict import State
+from solvers.problem import Problem
+from solvers.solve import READ_MARGINS, Infeasible, solve
+from solvers.tuned import TUNED
+
+HEAD = f"{'schedule':16} {'budget':>10} {'peak':>10} {'ms':>10} {'ours, ms':>10} {'bound, ms':>10} {'ours / it':>9}  {'seconds'}"
+
+
+def comparison(problem: Problem, budgets: Sequence[int], effort: str, time_limit_s: float) -> Iterator[str]:
+    """Lines of the table. A fixed schedule is compared at its own peak, a tuned one at each of the budgets."""
+    yield HEAD
+    for name, scheme in SCHEMES.items():
+        tables = Tables(problem)
+        state = scheme(tables)
+        yield _line(name, problem.with_budget(state.profile.peak_bytes), state, effort, time_limit_s)
+    for budget in budgets:
+        for name, tune in TUNED.items():
+            tight = problem.with_budget(budget)
+            yield _line(name, tight, tune(Tables(tight)), effort, time_limit_s)
+
+
+def _line(name: str, problem: Problem, state: State | None, effort: str, time_limit_s: float) -> str:
+    """One schedule, its transfers overlapped where its own bytes leave room, beside what is solved."""
+    head = f"{name:16} {problem.budget_bytes / 1e6:8.1f}MB "
+    theirs = None if state is None else fastest_us(problem, state)
+    peak = "-" if state is None else f"{state.profile.peak_bytes / 1e6:.1f}MB"
+    try:
+        found = solve(problem, effort, time_limit_s)
+    except Infeasible:
+        return head + f"{peak:>10} {_ms(theirs):>10} {'-':>10}"
+    ratio = "-" if theirs is None else f"{found.report.time_us / theirs:.3f}"
+    return head + f"{peak:>10} {_ms(theirs):>10} {_ms(found.report.time_us):>10} {_ms(found.bound_us):>10} {ratio:>9}  {found.method}"
+
+
+def _ms(time_us: int | None) -> str:
+    return "-" if time_us is None else f"{time_us / 1e3:.2f}"
+
+
+def fastest_us(problem: Problem, state: State) -> int:
+    """The state's time with its transfers one by one, or overlapped within the budget, whichever is less."""
+    tables = Tables(problem)
+    plans = [synchronous(state.trace)]
+    plans += [overlapped(tables, state.decisions, state.trace, state.profile.live_bytes, margin) for margin in READ_MARGINS]
+    times = []
+    for plan in plans:
+        try:
+            times.append(replay(problem, emit(tables, state.decisions, state.trace, plan)).time_us)
+        except ScheduleError:
+            continue
+    return min(times)
