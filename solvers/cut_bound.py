@@ -371,6 +371,13 @@ def _maximise(bound: _Bound, needs: Needs, penalty: int, room: int, planes: list
     return best
 
 
+def moments(problem: Problem) -> list[int]:
+    """The ops whose first runs are moments at which memory is short; the border of forward and backward first."""
+    bound = _Bound(problem)
+    able = all(ways or op.optional for ways, op in zip(bound.ways, problem.ops, strict=True))
+    return bound.separators() if able else []
+
+
 def lower_bound_us(problem: Problem) -> int:
     """No schedule within the budget is faster, in any order, with any recomputes and transfers. Falls back on the roofline without
     ortools."""

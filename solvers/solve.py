@@ -9,12 +9,13 @@ from dataclasses import dataclass, field, replace
 from solvers import anneal
 from solvers.bounds import roofline_us, working_set
 from solvers.check import Report, ScheduleError, replay
-from solvers.cut_bound import lower_bound_us
+from solvers.cut_bound import lower_bound_us, moments
 from solvers.decode import Decisions, DecodeError, Tables
 from solvers.emit import emit, overlapped, synchronous
 from solvers.evict import Rates, State
 from solvers.greedy import SMALL_OPS, TINY_FRACTION, descend, evaluate, first_decisions, next_state
 from solvers.improve import refill, score, search
+from solvers.order_bound import base_order_bound_us
 from solvers.problem import Problem
 from solvers.schedule import Run, Schedule, format_bytes
 
@@ -29,6 +30,7 @@ ALL_USED = 0.9  # of the budget
 MODEL_SECONDS = 2.0  # with less time left the global model is not tried
 MODEL_SHARE = 0.7  # of the time left
 REPAIRS = 30
+BOUND_SHARE = 0.2  # of the time, for the bound of base order
 BASE_ORDER_SHARE = 0.5  # of the time, where the order is free as well
 MODEL_WORTH = 1.001  # times the bound: a schedule so good is left as it is
 
@@ -57,8 +59,9 @@ class Infeasible(ValueError):
 @dataclass(frozen=True, slots=True)
 class Solution:
     """A checked schedule. bound_us holds for every schedule of the problem, in any order and with overlapped
-    transfers; gap = time / bound - 1. exact_bound_us, where the exact model ran, holds only for its space: base
-    order, each op at most twice, synchronous transfers. method: what found the schedule."""
+    transfers; gap = time / bound - 1. order_bound_us, but for effort "fast", holds for those whose first runs come in base order (order_bound.py).
+    exact_bound_us, where the exact model ran, holds only for its space: base order, each op at most twice, synchronous transfers. method: what
+    found the schedule."""
 
     schedule: Schedule
     report: Report
@@ -66,6 +69,7 @@ class Solution:
     gap: float
     method: str
     exact_bound_us: int | None = None
+    order_bound_us: int | None = None
 
 
 @dataclass(slots=True)
@@ -111,9 +115,11 @@ def solve(
     for hint in hints:
         best.offer(hint, "hint")
     bound = roofline_us(problem) if effort == "fast" else lower_bound_us(problem)
+    until = time.monotonic() + BOUND_SHARE * time_limit_s
+    order_bound = None if effort == "fast" else max(bound, base_order_bound_us(problem, moments(problem), until))
     free_order = effort == "proof" and len(problem.ops) <= anneal.MOST_OPS
     in_base_order = time_limit_s * (BASE_ORDER_SHARE if free_order else 1.0)
-    course = _Course(tables, best, deadline - time_limit_s + in_base_order, seed, progress, bound)
+    course = _Course(tables, best, deadline - time_limit_s + in_base_order, seed, progress, order_bound or bound)
     modelled = effort != "fast" and len(problem.ops) > EXACT_OPS
     smallest_found = _offer_greedy(course, first_only=modelled)
     if modelled:
@@ -122,12 +128,12 @@ def solve(
     if effort != "fast":
         _offer_search(course)
     if free_order:
-        _offer_reordered(replace(course, deadline=deadline))
+        _offer_reordered(replace(course, deadline=deadline, bound_us=bound))
     exact_bound = _offer_exact(problem, best, effort, deadline)
     if best.schedule is None or best.report is None:
         raise Infeasible(min(smallest_found), *working_set(problem))  # no path was skipped without a schedule
     gap = best.report.time_us / bound - 1 if bound else 0.0
-    return Solution(best.schedule, best.report, bound, gap, best.method, exact_bound)
+    return Solution(best.schedule, best.report, bound, gap, best.method, exact_bound, order_bound)
 
 
 def smallest(problem: Problem) -> tuple[int, Schedule]:

@@ -1,0 +1,76 @@
+"""solvers.order_bound: below everything that base order allows, and above what no order can know."""
+
+import time
+
+import pytest
+from brute_force import optimum_us
+from generators import layered, small, transformer
+
+from solvers.baselines import keep_all
+from solvers.bounds import roofline_us
+from solvers.check import replay
+from solvers.cut_bound import lower_bound_us, moments
+from solvers.order_bound import base_order_bound_us
+from solvers.problem import Choice, Op, Problem, Storage
+from solvers.solve import Infeasible, solve
+
+BATCHES = 4
+
+
+def bound_of(problem: Problem, *chosen: int) -> int:
+    return base_order_bound_us(problem, chosen or moments(problem), time.monotonic() + 100.0)
+
+
+@pytest.mark.parametrize("batch", range(BATCHES))
+def test_below_every_optimum_at_every_moment(batch: int) -> None:
+    """160 small problems: each op as the moment, against exhaustive search and against overlapped transfers."""
+    tight = 0
+    for seed in range(batch, 160, BATCHES):
+        problem = small(30_000 + seed)
+        try:
+            found = solve(problem, "balanced", time_limit_s=50.0)
+        except Infeasible:
+            continue
+        optimum = optimum_us(problem, found.report.time_us)
+        most = min(found.report.time_us, optimum or found.report.time_us)
+        bounds = [bound_of(problem, z) for z, op in enumerate(problem.ops) if not op.optional]
+        assert max(bounds, default=0) <= most, problem.name
+        assert found.order_bound_us is not None
+        assert found.bound_us <= found.order_bound_us <= most
+        tight += max(bounds, default=0) > roofline_us(problem)
+    assert tight > 160 / BATCHES / 8
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
+@pytest.mark.parametrize("problem", [layered(1, 40), layered(2, 60), transformer(3, 32, 16)], ids=["40", "60", "transformer"])
+def test_below_what_is_found(problem: Problem, share: float) -> None:
+    """Whole steps, with recomputes, transfers and homes on disk."""
+    problem = problem.with_budget(int(share * replay(problem, keep_all(problem), False).peak_bytes))
+    found = solve(problem, "fast")
+    assert bound_of(problem) <= found.report.time_us
+
+
+def test_an_order_says_more_than_none() -> None:
+    """A value made before the moment from one input only, which is not needed by it: any order may make it later, base order must keep it or
+    make it twice."""
+    storages = (Storage("x", 10), Storage("side", 80), Storage("big", 80), Storage("y", 10), Storage("end", 10, output=True))
+    ops = (
+        Op("x", (Choice((), time_us=10),), (0,)),
+        Op("side", (Choice((0,), time_us=50),), (1,)),
+        Op("big", (Choice((0,), time_us=10),), (2,)),
+        Op("y", (Choice((2,), time_us=10),), (3,)),
+        Op("end", (Choice((1, 3), time_us=10),), (4,)),
+    )
+    problem = Problem(ops, storages, 120, can_offload=False)
+    assert lower_bound_us(problem) == roofline_us(problem) == 90
+    assert bound_of(problem, 2) == 121  # 30 of its 80 bytes may stay: 90 + 50 * 5 / 8
+    assert solve(problem).report.time_us == 140
+    assert solve(problem, "proof").report.time_us == 90
+
+
+def test_no_time_and_no_ortools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The roofline, then."""
+    problem = layered(1, 40).with_budget(400)
+    assert base_order_bound_us(problem, moments(problem), time.monotonic() - 1.0) == roofline_us(problem)
+    monkeypatch.setitem(__import__("sys").modules, "ortools.math_opt.python", None)
+    assert bound_of(problem, 5) == roofline_us(problem)
