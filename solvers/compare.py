@@ -13,7 +13,7 @@ from solvers.problem import Problem
 from solvers.solve import READ_MARGINS, Infeasible, solve
 from solvers.tuned import TUNED
 
-HEAD = f"{'schedule':16} {'budget':>10} {'peak':>10} {'ms':>10} {'ours, ms':>10} {'bound, ms':>10} {'ours / it':>9}  {'seconds'}"
+HEAD = f"{'schedule':16} {'budget':>10} {'peak':>10} {'ms':>10} {'ours, ms':>10} {'bound, ms':>10} {'ours / it':>9}  ours by"
 
 
 def comparison(problem: Problem, budgets: Sequence[int], effort: str, time_limit_s: float) -> Iterator[str]:

@@ -121,9 +121,10 @@ def solve(
     in_base_order = time_limit_s * (BASE_ORDER_SHARE if free_order else 1.0)
     course = _Course(tables, best, deadline - time_limit_s + in_base_order, seed, progress, order_bound or bound)
     modelled = effort != "fast" and len(problem.ops) > EXACT_OPS
+    before_greedy = time.monotonic()
     smallest_found = _offer_greedy(course, first_only=modelled)
-    if modelled:
-        _offer_model(course)
+    if modelled:  # the model leaves as much time to the second path as the first one took
+        _offer_model(replace(course, deadline=course.deadline - (time.monotonic() - before_greedy)))
         smallest_found += _offer_greedy(course)
     if effort != "fast":
         _offer_search(course)
