@@ -10,7 +10,7 @@ from solvers.decode import Tables
 from solvers.emit import emit, overlapped, synchronous
 from solvers.evict import State
 from solvers.problem import Problem
-from solvers.solve import READ_MARGINS, Infeasible, solve
+from solvers.solve import READ_MARGINS, Infeasible, Solution, solve
 from solvers.tuned import TUNED
 
 HEAD = f"{'schedule':16} {'budget':>10} {'peak':>10} {'ms':>10} {'ours, ms':>10} {'bound, ms':>10} {'ours / it':>9}  ours by"
@@ -20,26 +20,32 @@ def comparison(problem: Problem, budgets: Sequence[int], effort: str, time_limit
     """Lines of the table. A fixed schedule is compared at its own peak, a tuned one at each of the budgets."""
     yield HEAD
     for name, scheme in SCHEMES.items():
-        tables = Tables(problem)
-        state = scheme(tables)
-        yield _line(name, problem.with_budget(state.profile.peak_bytes), state, effort, time_limit_s)
+        state = scheme(Tables(problem))
+        tight = problem.with_budget(state.profile.peak_bytes)
+        yield _line(name, tight, state, _solved(tight, effort, time_limit_s))
     for budget in budgets:
+        tight = problem.with_budget(budget)
+        found = _solved(tight, effort, time_limit_s)
         for name, tune in TUNED.items():
-            tight = problem.with_budget(budget)
-            yield _line(name, tight, tune(Tables(tight)), effort, time_limit_s)
+            yield _line(name, tight, tune(Tables(tight)), found)
 
 
-def _line(name: str, problem: Problem, state: State | None, effort: str, time_limit_s: float) -> str:
+def _solved(problem: Problem, effort: str, time_limit_s: float) -> Solution | None:
+    try:
+        return solve(problem, effort, time_limit_s)
+    except Infeasible:
+        return None
+
+
+def _line(name: str, problem: Problem, state: State | None, found: Solution | None) -> str:
     """One schedule, its transfers overlapped where its own bytes leave room, beside what is solved."""
-    head = f"{name:16} {problem.budget_bytes / 1e6:8.1f}MB "
     theirs = None if state is None else fastest_us(problem, state)
     peak = "-" if state is None else f"{state.profile.peak_bytes / 1e6:.1f}MB"
-    try:
-        found = solve(problem, effort, time_limit_s)
-    except Infeasible:
-        return head + f"{peak:>10} {_ms(theirs):>10} {'-':>10}"
+    head = f"{name:16} {problem.budget_bytes / 1e6:8.1f}MB {peak:>10} {_ms(theirs):>10}"
+    if found is None:
+        return f"{head} {'-':>10}"
     ratio = "-" if theirs is None else f"{found.report.time_us / theirs:.3f}"
-    return head + f"{peak:>10} {_ms(theirs):>10} {_ms(found.report.time_us):>10} {_ms(found.bound_us):>10} {ratio:>9}  {found.method}"
+    return f"{head} {_ms(found.report.time_us):>10} {_ms(found.bound_us):>10} {ratio:>9}  {found.method}"
 
 
 def _ms(time_us: int | None) -> str:
