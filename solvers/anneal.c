@@ -87,7 +87,7 @@ static int change(Search *s, const int32_t *sequence, int count, int most, const
   const double kind = draw_share(s);
   const int at = draw_below(s, count), op = sequence[at];
   memcpy(next, sequence, (size_t)count * sizeof *next);
-  if (kind < 0.6 || count == most) {
+  if (kind < 0.6 || (kind < 0.8 && count == most)) {
     const int far = 1 + (int)pow(count, draw_share(s)), to = reach(s, sequence, count, runs, at, draw(s) & 1 ? 1 : -1, 1 + draw_below(s, far));
     if (to == at) return 0;
     move(next, at, to);

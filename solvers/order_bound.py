@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ortools.math_opt.python.mathopt import Variable
 
 UNIT = 1024.0  # bytes
+LEAST_SECONDS = 0.01
 SAFE = 1e-6  # of the bound: what the linear program may be wrong by
 
 
@@ -256,8 +257,11 @@ def base_order_bound_us(problem: Problem, moments: Sequence[int], deadline: floa
             break
         program = _Program(problem, z)
         program.build()
-        left = max(deadline - time.monotonic(), 0.0)
-        result = mathopt.solve(program.model, mathopt.SolverType.HIGHS, params=mathopt.SolveParameters(time_limit=timedelta(seconds=left)))
+        left = timedelta(seconds=max(deadline - time.monotonic(), LEAST_SECONDS))
+        try:
+            result = mathopt.solve(program.model, mathopt.SolverType.HIGHS, params=mathopt.SolveParameters(time_limit=left))
+        except (AttributeError, RuntimeError, ValueError):  # as in milp.py: so some failures of the solver arrive here
+            continue
         if result.termination.reason.name == "OPTIMAL":
             best = max(best, math.floor(float(result.objective_value()) * (1 - SAFE)))
     return best
