@@ -1,6 +1,6 @@
-"""The main job: fine-tune Qwen2.5-0.5B's true shape inside 512 MB, bit for bit as plain PyTorch does it in 1.9 GB.
+"""The main job: fine-tune Qwen2.5-0.5B's true shape inside 128 MB, bit for bit as plain PyTorch does it in 1.8 GB.
 
-    make demo          (or: python examples/demo.py [--steps 24] [--budget 512MB])
+    make demo          (or: python examples/demo.py [--steps 24] [--budget 128MB])
 
 24 layers, hidden 896, intermediate 4864, 14/2 heads, vocabulary 151,936 (tied); random weights, int4 on disk and streamed; LoRA rank 8 on all
 seven projections, bf16 adapters, AdamW, batch 1, sequence 256, tier exact. The text is the Python documentation that comes with Python, as bytes.
@@ -122,7 +122,7 @@ def train(
 def main() -> int:
     parser = argparse.ArgumentParser(description="Fine-tune Qwen2.5-0.5B's shape inside a budget, next to plain PyTorch.")
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--budget", default="512MB")
+    parser.add_argument("--budget", default="128MB")
     parser.add_argument("--eager", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     (OUT / "scratch").mkdir(parents=True, exist_ok=True)

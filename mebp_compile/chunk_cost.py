@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from mebp_compile.graph import Graph, LoopChoice, Op, block_ops, inputs_of
+from mebp_compile.lower.chunk_body import overwritten
 from mebp_compile.lower.cuts import block_rows, tile_size
 from mebp_compile.lower.tables import itemsize
 from mebp_compile.overhead import VIEW_BYTES, allocated_bytes
@@ -24,13 +25,13 @@ Cost = tuple[int, int]  # (time in microseconds, workspace in bytes) of one op
 def chunk_requests(op: Op, ask: Callable[[Graph, Op], Json | None]) -> dict[int, Requests]:
     """By number of trips: what to measure for one block. `ask` gives the request of an op of a graph."""
     assert op.body is not None
-    return {trips: _requests(_at(op.body, trips), ask) for trips in (1, *(choice.trips for choice in op.menu))}
+    return {trips: _requests(at_blocks(op.body, trips), ask) for trips in (1, *(choice.trips for choice in op.menu))}
 
 
 def price_chunks(op: Op, choice: LoopChoice, costs: Mapping[str, Cost]) -> LoopChoice:
     """The choice with the workspace and the time of all its blocks."""
     assert op.body is not None
-    body, tokens = _at(op.body, choice.trips), int(op.body.name)
+    body, tokens = at_blocks(op.body, choice.trips), int(op.body.name)
     ops = block_ops(op, choice)
     once = sum(LINE_US + _time_us(body, each, costs) + _copy_us(body, each) for each in ops)
     blocks = tokens / block_rows(tokens, choice.trips)
@@ -40,12 +41,12 @@ def price_chunks(op: Op, choice: LoopChoice, costs: Mapping[str, Cost]) -> LoopC
 def touched_bytes(op: Op, trips: int, name: str) -> int:
     """Bytes of all that one op of a block takes and makes."""
     assert op.body is not None
-    body = _at(op.body, trips)
+    body = at_blocks(op.body, trips)
     touched = {each for part in body.ops if part.name == name for each in (*inputs_of(part), *filter(None, part.outputs))}
     return sum(_bytes(body, each) for each in touched if body.value[each].dtype != "number")
 
 
-def _at(body: Graph, trips: int) -> Graph:
+def at_blocks(body: Graph, trips: int) -> Graph:
     """The body with the number of rows of one block in its shapes."""
     rows = block_rows(int(body.name), trips)
     values = tuple(replace(value, shape=tuple(rows if size == -1 else size for size in value.shape)) for value in body.values)
@@ -66,14 +67,14 @@ def _requests(body: Graph, ask: Callable[[Graph, Op], Json | None]) -> Requests:
 
 def _tile_request(body: Graph, op: Op) -> Json:
     """The matmul with one tile of a weight."""
-    (rows, inner), size = body.value[op.args[0].name].shape, _tile_columns(body, op)
+    (rows, inner), size = body.value[op.args[0].name].shape, tile_columns(body, op)
     dtype, transposed = body.value[op.args[1]].dtype, op.args[3]
     first = {"shape": [rows, inner], "dtype": dtype, "fill": "normal"}
     second = {"shape": [inner, size], "stride": [1, inner] if transposed else [size, 1], "dtype": dtype, "fill": "normal"}
     return {"target": "aten.mm.default", "args": [{"tensor": first}, {"tensor": second}], "kwargs": {}}
 
 
-def _tile_columns(body: Graph, op: Op) -> int:
+def tile_columns(body: Graph, op: Op) -> int:
     return tile_size(body.value[op.args[1]].shape[0 if op.args[3] else 1], op.args[4])
 
 
@@ -82,7 +83,7 @@ def _time_us(body: Graph, op: Op, costs: Mapping[str, Cost]) -> int:
     once_us = costs.get(op.name, (0, 0))[0]
     if op.target != "run.product":
         return once_us
-    tiles = -(-body.value[op.args[1]].shape[0 if op.args[3] else 1] // _tile_columns(body, op))
+    tiles = -(-body.value[op.args[1]].shape[0 if op.args[3] else 1] // tile_columns(body, op))
     copy_us = _bytes(body, op.outputs[0] or "") // COPY_BYTES_PER_US
     return tiles * (once_us + TRIP_US) + costs.get(f"{op.name}_dequantise", (0, 0))[0] + copy_us
 
@@ -92,7 +93,7 @@ def _spare_bytes(body: Graph, op: Op, costs: Mapping[str, Cost]) -> int:
     own = costs.get(op.name, (0, 0))[1]
     if op.target != "run.product":
         return own
-    (rows, inner), size = body.value[op.args[0].name].shape, _tile_columns(body, op)
+    (rows, inner), size = body.value[op.args[0].name].shape, tile_columns(body, op)
     width = itemsize(body.value[op.args[1]].dtype)
     return own + allocated_bytes(inner * size * width) + allocated_bytes(rows * size * width) + 4 * VIEW_BYTES
 
@@ -114,7 +115,7 @@ def _workspace(body: Graph, ops: tuple[Op, ...], costs: Mapping[str, Cost]) -> i
     live = {name: allocated_bytes(_bytes(body, name)) for op in ops if op.phase == "before" for name in op.outputs if name}
     most = 0
     for op in ops:
-        view = op.phase == "view" or (op.phase == "weight" and op.target != "run.dequantise")
+        view = op.phase == "view" or (op.phase == "weight" and op.target != "run.dequantise") or overwritten(op)
         for name in filter(None, op.outputs):
             live[name] = VIEW_BYTES if view else allocated_bytes(_bytes(body, name))
         most = max(most, sum(live.values()) + _spare_bytes(body, op, costs))

@@ -22,7 +22,7 @@ from mebp_compile.compare import Comparison, compare
 from mebp_compile.config import Budget, Options, as_budget, debug_level, dump_dir
 from mebp_compile.cost import measure_costs
 from mebp_compile.errors import BudgetInfeasible, LeanError, MebpError, OptionError, StepPoisoned
-from mebp_compile.graph import Graph
+from mebp_compile.graph import Graph, Op
 from mebp_compile.lower import drop_gradients, lower
 from mebp_compile.lower.chunks import in_chunks
 from mebp_compile.lower.stream import Record, stream_weights
@@ -120,17 +120,20 @@ def build(
 def _planned_best(
     graph: Graph, options: Options, records: dict[str, Record], advice: str, tell: Progress, contract: Contract
 ) -> tuple[Graph, Plan]:
-    """The graph and its plan; where the budget refuses it, or makes it slow, the better of it and the same graph in blocks of tokens."""
+    """The graph and its plan, with in blocks of tokens what costs no time; where the budget refuses that, or makes it slow, the better of it and
+    the same with everything in blocks that can be."""
     found: tuple[Graph, Plan] | None = None
     refusals: list[BudgetInfeasible] = []
-    for kind in ("whole", "chunks"):
-        if kind == "chunks" and (options.numerics == "exact" or (found and found[1].time_us <= SLOW * found[1].keep_all_time_us)):
+    tried: list[tuple[Op, ...]] = []
+    for again in (False, True):
+        if again and found and found[1].time_us <= SLOW * found[1].keep_all_time_us:
             break
-        tried = graph if kind == "whole" else in_chunks(graph, tell)
-        if kind == "chunks" and tried is graph:
+        blocks = in_chunks(graph, options.numerics == "exact", again, tell)
+        if blocks.ops in tried:
             break
+        tried.append(blocks.ops)
         try:
-            made = _planned(tried, options, records, advice, tell)
+            made = _planned(blocks, options, records, advice, tell)
         except BudgetInfeasible as refusal:
             refusal.refused = (contract, refusal.refused)
             refusals.append(refusal)

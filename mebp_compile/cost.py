@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from mebp_compile import kernels, quant
+from mebp_compile.chunk_check import block_checks, proven
 from mebp_compile.chunk_cost import Requests, chunk_requests, price_chunks, touched_bytes
 from mebp_compile.config import Options, cache_dir
 from mebp_compile.errors import CacheError
@@ -40,6 +41,7 @@ SORT_BYTES = 96  # for each id: its sorted copy, permutation, inverse and their 
 LOOK_UP_BYTES = 65536
 LOOP_BYTES_PER_US = 1000.0  # what a Loop reads from a store where no folder of the step's own says how fast its disk is
 CACHE_BYTES = 4 << 30  # of available memory, from which on the page cache is taken to hold the files of a step
+AT_ONCE = 64  # requests that one child measures: what is known by then is kept
 Json = dict[str, Any]
 Progress = Callable[[str], None] | None
 FILLED_LIKE = {"bool": "mask", "uint8": "index:16", "int64": "index:2", "int32": "index:2"}
@@ -53,9 +55,12 @@ def measure_costs(
     wanted = {op.name: _request(graph, op, records or {}) for op in graph.ops if op.target != CHUNKS}
     loops = {op.name: loop_requests(graph, op, records or {}) for op in graph.ops if op.menu and op.target != CHUNKS}
     regions = {op.name: _block_requests(graph, op, records or {}) for op in graph.ops if op.target == CHUNKS}
+    exact = options.numerics == "exact"
+    checks = {op.name: _block_checks(op, records or {}) for op in graph.ops if op.target == CHUNKS and exact}
     asked = [each for tiles in loops.values() for tile in tiles.values() for each in (tile.work, tile.make, tile.check)]
     blocks = [request for requests in regions.values() for block in requests.values() for request in block.values()]
-    results = table.lookup([*wanted.values(), *asked, *blocks], progress)
+    compared = [check for each in checks.values() for check in each.values()]
+    results = table.lookup([*wanted.values(), *asked, *blocks, *compared], progress)
     costs = {op.name: _op_cost(graph, op, results, wanted[op.name], records or {}) for op in graph.ops if op.name in wanted}
     for op in (op for op in graph.ops if op.name in regions):
         whole = _priced_blocks(op, LoopChoice(1, op.reads), regions[op.name], results)
@@ -64,7 +69,7 @@ def measure_costs(
     read_speed = disk["read"] if disk else LOOP_BYTES_PER_US
     ops = tuple(replace(op, menu=_priced(graph, op, loops[op.name], results, read_speed)) if op.name in loops else op for op in graph.ops)
     ops = tuple(
-        replace(op, menu=tuple(_priced_blocks(op, choice, regions[op.name], results) for choice in op.menu)) if op.name in regions else op
+        replace(op, menu=_priced_choices(op, regions[op.name], checks.get(op.name), results)) if op.name in regions else op
         for op in ops
     )
     speeds = {} if disk is None else {
@@ -117,6 +122,11 @@ def _request(graph: Graph, op: Op, records: dict[str, Record]) -> Json | None:
 def _block_requests(graph: Graph, region: Op, records: dict[str, Record]) -> dict[int, Requests]:
     """By number of trips, the measurements of the ops of one block of a region; the weights that it makes are the graph's."""
     return chunk_requests(region, lambda body, op: _request(graph if op.target == "run.dequantise" else body, op, records))
+
+
+def _block_checks(region: Op, records: dict[str, Record]) -> dict[str, Json | None]:
+    """What has to be compared before blocks of a region are believed to leave the bits of the whole."""
+    return block_checks(region, lambda body, op: _request(body, op, records))
 
 
 def _dequantise_request(graph: Graph, op: Op, records: dict[str, Record]) -> Json:
@@ -184,6 +194,18 @@ def _priced(
         one, make = _cost(results, tile.work), _cost(results, tile.make)
         priced.append(price_loop(graph, op, choice, one.time_us / tile.tiles, make.time_us, one.workspace_bytes, read_bytes_per_us))
     return tuple(priced)
+
+
+def _priced_choices(
+    op: Op, requests: dict[int, Requests], checks: dict[str, Json | None] | None, results: dict[str, Json]
+) -> tuple[LoopChoice, ...]:
+    """The choices of a region's menu, priced; with `checks`, those whose ops were all found to leave the bits of the whole."""
+
+    def answer(check: Json) -> Json:
+        return results[_key(check)]
+
+    taken = [choice for choice in op.menu if checks is None or proven(op, choice, answer, checks)]
+    return tuple(_priced_blocks(op, choice, requests, results) for choice in taken)
 
 
 def _priced_blocks(op: Op, choice: LoopChoice, requests: dict[int, Requests], results: dict[str, Json]) -> LoopChoice:
@@ -272,11 +294,12 @@ class CostTable:
     def lookup(self, requests: Iterable[Json | None], progress: Progress = None) -> dict[str, Json]:
         """Results by key, measuring what is not known yet."""
         missing = {_key(request): request for request in requests if request and _key(request) not in self.known}
-        if missing:
-            if progress:
-                progress(f"measuring {len(missing)} ops")
-            answers = _measured(missing)
-            again = {key: _with_zeros(missing[key]) for key, answer in answers.items() if "error" in answer}
+        if missing and progress:
+            progress(f"measuring {len(missing)} ops")
+        for start in range(0, len(missing), AT_ONCE):
+            some = dict(list(missing.items())[start : start + AT_ONCE])
+            answers = _measured(some)
+            again = {key: _with_zeros(some[key]) for key, answer in answers.items() if "error" in answer}
             self.known.update(answers | (_measured(again) if again else {}))
             self._save()
         return self.known

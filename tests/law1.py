@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,9 +19,10 @@ import torch.utils._pytree as pytree
 from models import Training
 
 from mebp_compile import compiler
+from mebp_compile.chunk_cost import price_chunks
 from mebp_compile.compiler import CompiledStep, optimize
 from mebp_compile.errors import BudgetInfeasible
-from mebp_compile.graph import Graph
+from mebp_compile.graph import CHUNKS, Graph, LoopChoice
 from mebp_compile.planning import Costs, OpCost
 
 Make = Callable[[], Training]
@@ -66,15 +68,21 @@ def estimated_costs() -> Iterator[None]:
     """Inside, plans are made from estimates: measuring every op of every tiny model would take longer than all else, and bits don't
     depend on it.
     """
-    with mock.patch.object(compiler, "measure_costs", lambda graph, *rest: (_estimate(graph), graph)):
+    with mock.patch.object(compiler, "measure_costs", lambda graph, *rest: (estimate(graph), in_one_block(graph))):
         yield
 
 
-def _estimate(graph: Graph) -> Costs:
+def estimate(graph: Graph) -> Costs:
+    """Costs from bytes alone."""
     sizes = {op.name: sum(graph.storages[storage].size_bytes for storage in (*op.creates, *op.reads, *op.writes)) for op in graph.ops}
-    return Costs(
-        {op.name: OpCost(1 + sizes[op.name] * (20 if "mm" in op.target or "attention" in op.target else 1) // 10_000) for op in graph.ops}
-    )
+    times = {op.name: 1 + sizes[op.name] * (20 if "mm" in op.target or "attention" in op.target else 1) // 10_000 for op in graph.ops}
+    spare = {op.name: price_chunks(op, LoopChoice(1, op.reads), {}).workspace_bytes for op in graph.ops if op.target == CHUNKS}
+    return Costs({op.name: OpCost(times[op.name], spare.get(op.name, 0)) for op in graph.ops})
+
+
+def in_one_block(graph: Graph) -> Graph:
+    """The graph with its regions whole: no measurement has shown their blocks to leave the same bits."""
+    return replace(graph, ops=tuple(replace(op, menu=()) if op.target == CHUNKS else op for op in graph.ops))
 
 
 def raw(tensor: torch.Tensor) -> bytes:

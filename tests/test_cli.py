@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from law1 import in_one_block
 from planned import costs_by_bytes, roomy, tight
 
 from mebp_compile.artifacts import check_artifacts, load_artifacts, save_artifacts
@@ -37,7 +38,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def unmeasured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Costs by bytes instead of measured ones, and an empty cache: these tests are about what the commands do, not about times."""
     monkeypatch.setenv("MEBP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("mebp_compile.compiler.measure_costs", lambda graph, *_, **__: (costs_by_bytes(graph), graph))
+    monkeypatch.setattr("mebp_compile.compiler.measure_costs", lambda graph, *_, **__: (costs_by_bytes(graph), in_one_block(graph)))
 
 
 # --- readers ---

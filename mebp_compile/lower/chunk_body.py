@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from mebp_compile.graph import CHUNKS, Const, Graph, Op, Ref, Value, inputs_of, map_refs
-from mebp_compile.lower.rows import ROWS, SUM, Rows, Split, block_shape
+from mebp_compile.lower.rows import ROWS, SUM, Rows, Split, block_shape, element_by_element
 from mebp_compile.lower.tables import itemsize
 
 TILE = Ref("tile")
@@ -42,7 +42,7 @@ class Body:
         names = tuple(self._result(name, kind) if name and kind else None for name, kind in zip(op.outputs, split.results, strict=True))
         args = tuple(map_refs(arg, taken) for arg in op.args)
         kwargs = tuple((key, map_refs(arg, taken)) for key, arg in op.kwargs)
-        self.ops.append(Op(op.name, op.target, args, kwargs, names, phase="tile", listed=op.listed))
+        self.ops.append(Op(op.name, op.target, args, kwargs, names, phase="tile", out_target=op.out_target, out=op.out))
         for name, made, kind in zip(op.outputs, names, split.results, strict=True):
             if name and made and self.rows.graph.storage_of(name) in self.outputs:
                 self._put(name, made, kind or "")
@@ -51,7 +51,8 @@ class Body:
         """The op of the region, in the place and of the module of `like`."""
         graph = self.rows.graph
         outside = dict.fromkeys(graph.storage_of(value) for value in self.inputs)
-        body = Graph(f"{self.rows.tokens}", (), tuple(self.values.values()), tuple(_with_ends(self.ops)), (), tuple(self.inputs), ())
+        ops = _with_ends(_in_place(self.ops, self.values))
+        body = Graph(f"{self.rows.tokens}", (), tuple(self.values.values()), tuple(ops), (), tuple(self.inputs), ())
         return Op(
             name, CHUNKS, (self.rows.tokens, *(Ref(value) for value in self.inputs)), outputs=tuple(self.results),
             creates=tuple(graph.storage_of(value) for value in self.results), reads=tuple(outside), phase=like.phase, module=like.module,
@@ -172,17 +173,53 @@ def _made_weight(name: str, graph: Graph, weights: Mapping[str, tuple[Value, Val
     return [*ops, replace(view, phase="weight")]
 
 
-def _with_ends(ops: list[Op]) -> list[Op]:
-    """The ops of a block, each followed by a `tile.free` of the names that nothing uses after it."""
+def _in_place(ops: list[Op], values: Mapping[str, Value]) -> list[Op]:
+    """The ops of a block, where one that goes element by element may write its result over an input that nothing uses after it."""
+    root, last = _lifespans(ops)
+    own = {name for op in ops if op.phase == "tile" for name in op.outputs}  # not a block of what lies outside
+    made: list[Op] = []
+    for index, op in enumerate(ops):
+        ending = (name for name in inputs_of(op) if root.get(name) in own and last[root[name]] == index)
+        over = next((name for name in ending if _may_hold(op, name, root, values)), None)
+        made.append(op if over is None else replace(op, target=op.out_target, kwargs=(*op.kwargs, (op.out[0], Ref(over)))))
+    return [replace(op, out_target="", out=()) for op in made]
+
+
+def _may_hold(op: Op, name: str, root: Mapping[str, str], values: Mapping[str, Value]) -> bool:
+    """Whether the op has a kernel that can put its result where the input lies, each element in the place of the one that it is made of."""
+    if len(op.out) != 1 or len(op.outputs) != 1 or op.outputs[0] is None or not op.out_target.startswith("aten.") or op.phase != "tile":
+        return False
+    forms = {_form(values[each]) for each in (op.outputs[0], *inputs_of(op)) if each == op.outputs[0] or root.get(each) == root[name]}
+    return len(forms) == 1 and element_by_element(op.target)
+
+
+def _form(value: Value) -> tuple[object, ...]:
+    return value.dtype, value.shape, value.stride, value.offset
+
+
+def overwritten(op: Op) -> str | None:
+    """The input of a body's op that its result is written over."""
+    return next((arg.name for key, arg in op.kwargs if key in ("out", "grad_input") and isinstance(arg, Ref)), None)
+
+
+def _lifespans(ops: list[Op]) -> tuple[dict[str, str], dict[str, int]]:
+    """Of each name that a block makes the name of the tensor that it shows; and of each such tensor the last op that uses it."""
     root: dict[str, str] = {}
     last: dict[str, int] = {}
     for index, op in enumerate(ops):
         used = [root[name] for name in inputs_of(op) if name in root]
         for name in filter(None, op.outputs):
             if op.phase != "before":
-                root[name] = used[0] if op.phase == "view" and used else name
+                shown = overwritten(op) or (inputs_of(op)[0] if op.phase == "view" and used else None)
+                root[name] = root.get(shown, name) if shown else name
                 last[root[name]] = index
         last.update(dict.fromkeys(used, index) if op.phase != "after" else {})
+    return root, last
+
+
+def _with_ends(ops: list[Op]) -> list[Op]:
+    """The ops of a block, each followed by a `tile.free` of the names that nothing uses after it."""
+    root, last = _lifespans(ops)
     result: list[Op] = []
     for index, op in enumerate(ops):
         result.append(op)

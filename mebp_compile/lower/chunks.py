@@ -32,23 +32,28 @@ class _Region:
     ops: list[int]
     phase: str
     again: list[int]
+    once: bool = False  # holds what a region of the forward made, and makes it where the backward needs it
 
     @property
     def all(self) -> list[int]:
         return sorted({*self.ops, *self.again})
 
 
-def in_chunks(graph: Graph, tell: Callable[[str], None] = lambda text: None) -> Graph:
-    """The graph with its row-wise regions as Loops over blocks of tokens; `tell` gets a note on them. The same graph where there are none."""
+def in_chunks(graph: Graph, exact: bool = False, again: bool = True, tell: Callable[[str], None] = lambda text: None) -> Graph:
+    """The graph with its row-wise regions as Loops over blocks of tokens; `tell` gets a note on them. The same graph where there are none.
+
+    `exact`: without sums over the tokens, whose bits depend on the blocks. `again`: with the regions whose blocks make parts of the forward a
+    second time; without them what is left takes no more time than it would whole.
+    """
     tokens = tokens_of(graph)
     if tokens < 2 * ROWS_MULTIPLE:
         return graph
-    return _Chunks(graph, tokens).graph(tell)
+    return _Chunks(graph, Rows(graph, tokens, sums=not exact)).graph(again, tell)
 
 
 class _Chunks:
-    def __init__(self, graph: Graph, tokens: int) -> None:
-        self.old, self.rows = graph, Rows(graph, tokens)
+    def __init__(self, graph: Graph, rows: Rows) -> None:
+        self.old, self.rows = graph, rows
         self.stream = stream_bytes(self.rows)
         self.splits: list[Split | None] = [self.rows.split(op) if op.phase in PHASES else None for op in graph.ops]
         self.readers: dict[int, list[int]] = {}
@@ -61,8 +66,10 @@ class _Chunks:
         self.results = {graph.storage_of(name) for _, name in graph.results}
         self.before = predecessors(graph)
 
-    def graph(self, tell: Callable[[str], None]) -> Graph:
+    def graph(self, again: bool, tell: Callable[[str], None]) -> Graph:
         regions = [region for region in self._regions() if self._closed(region)]
+        self._make_again(regions)
+        regions = [region for region in self._made_once(regions) if again or region.once]
         while True:
             self._make_again(regions)
             sound = [region for region in regions if self._sound(region)]
@@ -154,6 +161,29 @@ class _Chunks:
                         seen.add(maker)
                         todo.append(maker)
             region.again = sorted(seen)
+
+    def _made_once(self, regions: list[_Region]) -> list[_Region]:
+        """The regions; where a region of the backward makes again what one of the forward makes, and needs nothing that comes of that one
+        elsewhere, both are one. So it is with logits and their gradients."""
+        gone: list[_Region] = []
+        for own in (region for region in regions if region.phase == "forward"):
+            others = [region for region in regions if not set(own.ops).isdisjoint(region.again)]
+            if len(others) == 1 and not self._leads_to(own, others[0]):
+                others[0].ops, others[0].once = sorted({*own.ops, *others[0].ops}), True
+                gone.append(own)
+        return [region for region in regions if region not in gone]
+
+    def _leads_to(self, first: _Region, second: _Region) -> bool:
+        """Whether the second region needs an op outside of both that needs the first."""
+        inside, made = {*first.ops, *second.ops}, set(first.ops)
+        todo, seen = list(second.ops), set(inside)
+        while todo:
+            for index in self.before[todo.pop()] - seen:
+                if self.before[index] & made:
+                    return True
+                seen.add(index)
+                todo.append(index)
+        return False
 
     def _only_read_by(self, storage: int, inside: set[int]) -> bool:
         """Whether a storage of the forward's regions is rows that only regions read, each of which can make it again."""

@@ -24,11 +24,15 @@ POINTWISE = {
 }  # fmt: skip
 PRODUCTS = {"aten.mm.default": 0, "aten.addmm.default": 1}  # position of the first matrix
 REDUCTIONS = {"aten.mean.dim", "aten.sum.dim_IntList", "aten.amax.default", "aten.amin.default"}
-SOFTMAXES = {"aten._softmax.default": 1, "aten._log_softmax.default": 1, "aten._softmax_backward_data.default": 2}  # position of the dimension
+SOFTMAXES = {  # position of the dimension
+    "aten._softmax.default": 1, "aten._log_softmax.default": 1, "aten._softmax_backward_data.default": 2,
+    "aten._log_softmax_backward_data.default": 2,
+}  # fmt: skip
 FUSED = {  # this package's own: positions of what is rows; every result is
     "mebp.gated.default": (0, 1), "mebp.gated_backward.default": (0, 1, 2), "mebp.add_low_rank.default": (0, 1, 4),
     "mebp.rms_norm.default": (0,), "mebp.rms_norm_backward.default": (0, 1, 3, 4),
 }  # fmt: skip
+GATHER, NLL_LOSS_BACKWARD = "aten.gather.default", "aten.nll_loss_backward.default"
 LAYER_NORM, LAYER_NORM_BACKWARD = "aten.native_layer_norm.default", "aten.native_layer_norm_backward.default"
 SHAPINGS = {"aten.view.default", "aten._unsafe_view.default", "aten.unsqueeze.default", "aten.squeeze.dim", "aten.expand.default"}
 ROWS, SUM = "rows", "sum"
@@ -44,10 +48,12 @@ class Split:
 
 @dataclass
 class Rows:
-    """The analysis of one graph. `leading` gives the number of leading dimensions that count the tokens, of each value that is rows."""
+    """The analysis of one graph. `leading` gives the number of leading dimensions that count the tokens, of each value that is rows. `sums`: whether
+    ops that add up over the tokens are among those that go row by row."""
 
     graph: Graph
     tokens: int
+    sums: bool = True
     leading: dict[str, int] = field(default_factory=dict)
     columns: set[str] = field(default_factory=set)
 
@@ -71,7 +77,7 @@ class Rows:
         if op.rng or op.writes or op.listed or not op.creates or not (op.target.startswith("aten.") or op.target in FUSED):
             return None
         found = self._split(op)
-        if found is None or any(not self._reached(name) for name in found.blocks):
+        if found is None or any(not self._reached(name) for name in found.blocks) or (SUM in found.results and not self.sums):
             return None
         made = zip(op.outputs, found.results, strict=True)
         return found if all(name is None or self._fits(name, kind) for name, kind in made) else None
@@ -92,6 +98,11 @@ class Rows:
             return self._each(op) if inner else None
         if op.target in FUSED:
             return self._rows_of(op, tuple(op.args[k] for k in FUSED[op.target] if k < len(op.args)), (ROWS,) * len(op.outputs))
+        if op.target == GATHER:
+            inner = op.args[1] % len(self.graph.value[op.args[0].name].shape) >= self.leading.get(op.args[0].name, 0)
+            return self._rows_of(op, (op.args[0], op.args[2]), (ROWS,)) if inner else None
+        if op.target == NLL_LOSS_BACKWARD and op.args[4] != 0:
+            return self._rows_of(op, op.args[1:3], (ROWS,))
         if op.target == LAYER_NORM:
             return self._rows_of(op, op.args[:1], (ROWS, ROWS, ROWS))
         if op.target == LAYER_NORM_BACKWARD:
@@ -155,6 +166,11 @@ class Rows:
         same_rank = len(self.graph.value[source].shape) == len(self.graph.value[name].shape)
         fits = view.target in SHAPINGS and (same_rank or view.target != "aten.expand.default")
         return fits and name in self.leading and self._reached(source)
+
+
+def element_by_element(target: str) -> bool:
+    """Whether each element of the op's result needs of its large inputs that element alone, once what is summed over a row is known."""
+    return target.split(".")[1] in POINTWISE or (target in SOFTMAXES and "backward" in target)
 
 
 def tokens_of(graph: Graph) -> int:

@@ -128,6 +128,20 @@ def put_several(before: Node, target: Any, args: tuple[Any, ...], replaced: tupl
     return node
 
 
+def new_like(graph: torch.fx.Graph, target: Any, args: tuple[Any, ...], like: Node, **kwargs: Any) -> Node:
+    """A node of the same module, line and phase as `like`, with its fake value."""
+    node = graph.call_function(target, args, kwargs)
+    node.meta = {key: item for key, item in like.meta.items() if key not in ("val", "tensor_meta")}
+    fakes = torch.fx.map_arg(args, lambda arg: arg.meta["val"])
+    with torch_private.mode_of(_first(like.meta["val"])):
+        node.meta["val"] = target(*fakes, **kwargs)
+    return node
+
+
+def _first(made: Any) -> torch.Tensor:
+    return made[0] if isinstance(made, (list, tuple)) else made  # type: ignore[no-any-return]
+
+
 def fresh(node: Node) -> None:
     """Give a node a fake value of its own, of the geometry that it had, where the old one now is another node's."""
     old = value(node)

@@ -19,7 +19,7 @@ from torch.fx import Node
 from mebp_compile import torch_private
 from mebp_compile.kernels.cross_entropy import ROWS
 from mebp_compile.passes.loss_pattern import Loss, NotHere, match, places
-from mebp_compile.passes.rewrite import finish
+from mebp_compile.passes.rewrite import finish, new_like
 
 TIER = "reassociate"
 SAVES_MEMORY = True
@@ -63,21 +63,21 @@ def _rewrite(graph: torch.fx.Graph, loss: Loss) -> None:
     with graph.inserting_before(loss.nll):
         target = _target(graph, loss)
         form = (reduction, ignored, loss.smoothing, loss.cap, ROWS)
-        made = _new(graph, mebp.linear_cross_entropy.default, (x, loss.weight, target, *form), loss.head)
-        value, count, direction, softmax = (_new(graph, operator.getitem, (made, index), loss.head) for index in range(4))
+        made = new_like(graph, mebp.linear_cross_entropy.default, (x, loss.weight, target, *form), loss.head)
+        value, count, direction, softmax = (new_like(graph, operator.getitem, (made, index), loss.head) for index in range(4))
     if loss.value is not None:
         loss.value.replace_all_uses_with(value)
     for user in [user for user in loss.nll.users if user.target is operator.getitem and user.args[1] == 1]:
         user.replace_all_uses_with(count)
     for node in loss.to_input:
         with graph.inserting_before(node):
-            grown = _new(graph, aten.mul.Tensor, (direction, loss.gradient), node)
-            cast = _new(graph, aten._to_copy.default, (grown,), node, dtype=node.meta["val"].dtype)
+            grown = new_like(graph, aten.mul.Tensor, (direction, loss.gradient), node)
+            cast = new_like(graph, aten._to_copy.default, (grown,), node, dtype=node.meta["val"].dtype)
         node.replace_all_uses_with(cast)
     for node in loss.to_weight:
         with graph.inserting_before(node):
             args = (loss.gradient, x, loss.weight, target, softmax, count, *form)
-            made = _new(graph, mebp.head_gradient.default, args, node)
+            made = new_like(graph, mebp.head_gradient.default, args, node)
         node.replace_all_uses_with(made)
     _erase(graph, {*loss.gone, *loss.nll.users})
 
@@ -93,19 +93,9 @@ def _target(graph: torch.fx.Graph, loss: Loss) -> Any:
     start: Any = loss.cut.args[2] if len(loss.cut.args) > 2 else None
     before = slice(start, None).indices(whole[dim])[0]
     padding = [0] * (2 * (len(whole) - 1 - dim)) + [before, whole[dim] - seen[dim] - before]
-    shaped = _new(graph, aten.view.default, (target, list(seen)), loss.head)
-    padded = _new(graph, aten.constant_pad_nd.default, (shaped, padding, ignored), loss.head)
-    return _new(graph, aten.view.default, (padded, [-1]), loss.head)
-
-
-def _new(graph: torch.fx.Graph, target: Any, args: tuple[Any, ...], like: Node, **kwargs: Any) -> Node:
-    """A node of the same module, line and phase as `like`, with its fake value."""
-    node = graph.call_function(target, args, kwargs)
-    node.meta = {key: item for key, item in like.meta.items() if key not in ("val", "tensor_meta")}
-    fakes = torch.fx.map_arg(args, lambda arg: arg.meta["val"])
-    with torch_private.mode_of(like.meta["val"]):
-        node.meta["val"] = target(*fakes, **kwargs)
-    return node
+    shaped = new_like(graph, aten.view.default, (target, list(seen)), loss.head)
+    padded = new_like(graph, aten.constant_pad_nd.default, (shaped, padding, ignored), loss.head)
+    return new_like(graph, aten.view.default, (padded, [-1]), loss.head)
 
 
 def _erase(graph: torch.fx.Graph, gone: set[Node]) -> None:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from mebp_compile.errors import MeasureError
 from mebp_compile.measure.malloc_meter import library_path
-from mebp_compile.measure.ops import decode, measure_ops, tensor_spec
+from mebp_compile.measure.ops import measure_ops
+from mebp_compile.measure.requests import decode, tensor_spec
 
 Json = dict[str, Any]
 SMALL = 4096  # Python's and the dispatcher's own allocations in a call, and malloc's rounding
@@ -183,3 +184,24 @@ def test_constants() -> None:
     values = [{"device": "cpu"}, {"dtype": "int8"}, {"memory_format": "channels_last"}, {"layout": "strided"}, 1, None]
     expected = [torch.device("cpu"), torch.int8, torch.channels_last, torch.strided, 1, None]
     assert decode(values) == expected
+
+
+BLOCKS = {"kind": "equal_blocks", "kwargs": {}, "over": None, "tokens": 20, "lengths": [8, 16]}
+
+
+def test_blocks_of_rows_are_compared_with_the_whole() -> None:
+    """Rows of a softmax are independent, in place too; a sum over the rows, shown as if it were one of each row, is not."""
+    softmax = {**BLOCKS, "target": "aten._softmax.default", "args": [spec(1, 20, 8), 2, False], "places": [1, None, None], "made": [[0, 1]]}
+    over = {**BLOCKS, "target": "aten.mul.out", "args": [spec(20, 8), spec(20, 1)], "places": [0, 0], "made": [[0, 0]], "over": [0, "out"]}
+    running = {**BLOCKS, "target": "aten.cumsum.default", "args": [spec(20, 8), 0], "places": [0, None], "made": [[0, 0]]}
+    asked = {"softmax": softmax, "over": over, "running": running}
+    found = measure_ops([{"key": key, **request} for key, request in asked.items()], threads=1)
+    assert found == {"softmax": {"equal": [True, True]}, "over": {"equal": [True, True]}, "running": {"equal": [False, False]}}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_product_by_rows_and_columns_is_compared_with_the_whole(transposed: bool) -> None:
+    """In float64 on one thread sums of a few exact products are the same however they are cut."""
+    w = spec(96, 4, fill="ones") if transposed else spec(4, 96, fill="ones")
+    request = {"key": "mm", "kind": "equal_product", "x": spec(20, 4, fill="ones"), "w": w, "transposed": transposed, "columns": 64, "lengths": [8]}
+    assert measure_ops([request], threads=1)["mm"] == {"equal": [True]}
