@@ -43,7 +43,7 @@ def touched_bytes(op: Op, trips: int, name: str) -> int:
     assert op.body is not None
     body = at_blocks(op.body, trips)
     touched = {each for part in body.ops if part.name == name for each in (*inputs_of(part), *filter(None, part.outputs))}
-    return sum(_bytes(body, each) for each in touched if body.value[each].dtype != "number")
+    return sum(value_bytes(body, each) for each in touched if body.value[each].dtype != "number")
 
 
 def at_blocks(body: Graph, trips: int) -> Graph:
@@ -84,7 +84,7 @@ def _time_us(body: Graph, op: Op, costs: Mapping[str, Cost]) -> int:
     if op.target != "run.product":
         return once_us
     tiles = -(-body.value[op.args[1]].shape[0 if op.args[3] else 1] // tile_columns(body, op))
-    copy_us = _bytes(body, op.outputs[0] or "") // COPY_BYTES_PER_US
+    copy_us = value_bytes(body, op.outputs[0] or "") // COPY_BYTES_PER_US
     return tiles * (once_us + TRIP_US) + costs.get(f"{op.name}_dequantise", (0, 0))[0] + copy_us
 
 
@@ -102,22 +102,22 @@ def _copy_us(body: Graph, op: Op) -> int:
     """Of what is put into its place of the whole, or added to a sum."""
     if op.target not in ("rows.put", "run.gather"):
         return 0
-    return _bytes(body, op.args[2 if op.target == "rows.put" else 1].name) // COPY_BYTES_PER_US
+    return value_bytes(body, op.args[2 if op.target == "rows.put" else 1].name) // COPY_BYTES_PER_US
 
 
-def _bytes(body: Graph, name: str) -> int:
+def value_bytes(body: Graph, name: str) -> int:
     value = body.value[name]
     return math.prod(value.shape) * itemsize(value.dtype)
 
 
 def _workspace(body: Graph, ops: tuple[Op, ...], costs: Mapping[str, Cost]) -> int:
     """The most bytes alive at once of what the body makes."""
-    live = {name: allocated_bytes(_bytes(body, name)) for op in ops if op.phase == "before" for name in op.outputs if name}
+    live = {name: allocated_bytes(value_bytes(body, name)) for op in ops if op.phase == "before" for name in op.outputs if name}
     most = 0
     for op in ops:
         view = op.phase == "view" or (op.phase == "weight" and op.target != "run.dequantise") or overwritten(op)
         for name in filter(None, op.outputs):
-            live[name] = VIEW_BYTES if view else allocated_bytes(_bytes(body, name))
+            live[name] = VIEW_BYTES if view else allocated_bytes(value_bytes(body, name))
         most = max(most, sum(live.values()) + _spare_bytes(body, op, costs))
         if op.target == "tile.free":
             for arg in op.args:

@@ -18,12 +18,13 @@ REFILL_OPS = 100_000  # ops decoded per refill round, roughly
 class Undo:
     """One decision that could be taken back: bytes more in events first..last, microseconds saved."""
 
-    kind: str  # "cut", "away", "spill" or "choice"
+    kind: str  # "cut", "away", "spill" or "ways"
     subject: int
     value: int
     size_bytes: int
     spans: tuple[tuple[int, int], ...]
     saved_us: float
+    ways: tuple[tuple[int, int], ...] = ()  # (op, way)
 
     def apply(self, decisions: Decisions) -> None:
         """Take the decision back in place."""
@@ -34,8 +35,8 @@ class Undo:
             decisions.away.discard(self.subject)
         elif self.kind == "spill":
             decisions.spilled.discard(self.subject)
-        else:
-            decisions.choice[self.subject] = self.value
+        for op, way in self.ways:
+            decisions.choice[op] = way
 
 
 def score(state: State, transfer_weight: float) -> float:
@@ -59,7 +60,7 @@ def refill(tables: Tables, state: State, weight: float, deadline: float = float(
 def _undos(tables: Tables, state: State, weight: float) -> list[Undo]:
     """Every decision that could be taken back, by saved time per byte and event, best first."""
     undos = [*_undo_cuts(tables, state, weight), *_undo_away(tables, state, weight), *_undo_choices(tables, state)]
-    undos += _undo_spills(tables, state, weight)
+    undos += [*_undo_spills(tables, state, weight), *_undo_sharing(tables, state)]
     return sorted(undos, key=lambda undo: -undo.saved_us / (undo.size_bytes + 1))
 
 
@@ -135,8 +136,39 @@ def _undo_choices(tables: Tables, state: State) -> list[Undo]:
             more = choices[k].workspace_bytes - choices[now].workspace_bytes
             more += sum(tables.size[s] for s in choices[k].reads) - sum(tables.size[s] for s in choices[now].reads)
             saved = (choices[now].time_us - choices[k].time_us) * len(at)
-            result.append(Undo("choice", op, k, max(0, more), tuple((e, e) for e in at), saved))
+            result.append(Undo("ways", op, k, max(0, more), tuple((e, e) for e in at), saved, ((op, k),)))
     return result
+
+
+def _undo_sharing(tables: Tables, state: State) -> list[Undo]:
+    """What an optional op makes would not be made here: those who read it have ways without it that together take less than the op."""
+    trace, choice, ops = state.trace, state.decisions.choice, tables.problem.ops
+    runs = [(event, op) for event, (kind, op) in enumerate(zip(trace.kind, trace.subject, strict=True)) if kind == RUN]
+    readers: dict[int, list[tuple[int, int]]] = {}
+    for event, op in runs:
+        for storage in ops[op].choices[choice[op]].reads:
+            if tables.created_by[storage] >= 0 and ops[tables.created_by[storage]].optional:
+                readers.setdefault(storage, []).append((event, op))
+    result = []
+    for i, storage in enumerate(trace.inst_storage):
+        maker, birth, last = tables.created_by[storage], trace.inst_birth[i], trace.inst_last[i]
+        served = [(event, op) for event, op in readers.get(storage, ()) if birth < event <= last]
+        ways = tuple((op, way) for _, op in served if (way := _without(tables, op, storage)) is not None)
+        if not served or len(ways) < len(served):
+            continue
+        slower = sum(ops[op].choices[way].time_us - ops[op].choices[choice[op]].time_us for op, way in ways)
+        saved = ops[maker].choices[choice[maker]].time_us - slower
+        if saved > 0:
+            more = max(ops[op].choices[way].workspace_bytes for op, way in ways) - tables.size[storage]
+            result.append(Undo("ways", storage, 0, max(0, more), tuple((event, event) for event, _ in served), saved, ways))
+    return result
+
+
+def _without(tables: Tables, op: int, storage: int) -> int | None:
+    """The op's fastest way that does not read the storage."""
+    choices = tables.problem.ops[op].choices
+    others = [way for way, choice in enumerate(choices) if storage not in choice.reads]
+    return min(others, key=lambda way: (choices[way].time_us, way), default=None)
 
 
 def _faster(tables: Tables, op: int, now: int) -> list[int]:

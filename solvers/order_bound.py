@@ -11,10 +11,12 @@ side k (0: before z, 1: from z on):
 
     minimise T;   T >= all runs + what transfers delay them;   T >= all transfers
     available(0, v) = R[0, maker(v)] + F[0, v] + H[s] (version 0);     available(1, v) = K[v] + R[1, maker(v)] + F[1, v];     1 where v is first made
+    an optional op's result: no F before z, where it has to be made once, and from z on F[1, v] <= R[0, maker(v)]
     available(k, v) >= X[o, c], R[k, o]  where o (in way c) needs v on side k;     K[v] <= available(0, v)
     memory while z runs: what it uses and creates, its workspace, and all other K[v], within the budget; homes at the start and at the end too
 
-More moments at once say less, not more: half of an op may then run in one interval and half in another, each from the same half of an input.
+Several moments in one program, each with its own rows and the runs in common, say what the best of them says alone. Solved in whole numbers, which a
+schedule's are, that one says a little more.
 """
 
 from __future__ import annotations
@@ -39,11 +41,12 @@ SAFE = 1e-6  # of the bound: what the linear program may be wrong by
 
 
 class _Program:
-    """The linear program for one moment, the first run of op z. side[o]: that of op o's first run."""
+    """The linear program for one moment, the first run of op z. side[o]: that of op o's first run. `whole`: in whole numbers."""
 
-    def __init__(self, problem: Problem, z: int) -> None:
+    def __init__(self, problem: Problem, z: int, whole: bool = False) -> None:
         from ortools.math_opt.python import mathopt
 
+        self.whole = whole
         self.problem, self.tables, self.z = problem, Tables(problem), z
         self.model = mathopt.Model(name="order bound")
         self.pinned = always_live(problem)
@@ -59,14 +62,14 @@ class _Program:
     def build(self) -> None:
         self.add_ways()
         self.add_homes()
+        for o, op in enumerate(self.problem.ops):
+            for k in (0, 1) if op.optional else ():
+                self.run_again(k, o)
         for value in sorted(self.useful_from(self.z)):
             self.kept[value] = self.share()
             self.bring(1, value)
         for value in sorted(self.useful_from(0)):
             self.bring(0, value)
-        for o, op in enumerate(self.problem.ops):
-            for k in (0, 1) if op.optional else ():
-                self.run_again(k, o)
         for k in (0, 1):
             self.add_needs(k)
         self.add_moment()
@@ -82,7 +85,7 @@ class _Program:
             row.set_coefficient(variable, value)
 
     def share(self) -> Variable:
-        return self.model.add_variable(lb=0.0, ub=1.0)
+        return self.model.add_variable(lb=0.0, ub=1.0, is_integer=self.whole)
 
     def add_ways(self) -> None:
         """X: of each op that must run, one way."""
@@ -164,8 +167,11 @@ class _Program:
     def bring(self, k: int, value: Value) -> None:
         """R and F: what may bring a value on side k."""
         s, version = value
+        maker = self.tables.producer.get(value, -1)
+        self.run_again(k, maker)
+        optional = maker >= 0 and self.problem.ops[maker].optional
         at_home = version == 0 and s in self.home
-        if at_home or self.tables.may_spill[s]:
+        if (at_home or self.tables.may_spill[s]) and not (optional and k == 0):
             self.fetched[k, value] = self.share()
             self.transfer(self.fetched[k, value], self.tables.read_us[s])
             on_disk = Expression().add(self.fetched[k, value], -1.0)
@@ -174,7 +180,8 @@ class _Program:
             if self.tables.may_spill[s]:
                 on_disk.add(self.write(value))
             self.row(on_disk, 0.0)
-        self.run_again(k, self.tables.producer.get(value, -1))
+            if optional:
+                self.row(Expression().add(self.fetched[k, value], -1.0).add(self.again[0, maker]), 0.0)
 
     def run_again(self, k: int, o: int) -> None:
         if o >= 0 and (k, o) not in self.again and self.may_run(k, o):
@@ -246,22 +253,30 @@ class _Program:
 
 def base_order_bound_us(problem: Problem, moments: Sequence[int], deadline: float) -> int:
     """No schedule with its first runs in base order is faster. The largest bound of as many of the moments (ops that aren't optional) as are solved
-    before the deadline (time.monotonic); the roofline at least, and without ortools."""
-    best = roofline_us(problem)
+    before the deadline (time.monotonic), and of the best of them again in whole numbers; the roofline at least, and without ortools."""
+    best, until = (roofline_us(problem), -1), (time.monotonic() + deadline) / 2  # half of the time for the moments
+    for z in moments:
+        best = max(best, (_bound_us(problem, z, until), z))
+    return max(best[0], _bound_us(problem, best[1], deadline, whole=True)) if best[1] >= 0 else best[0]
+
+
+def _bound_us(problem: Problem, z: int, deadline: float, whole: bool = False) -> int:
+    """The bound for one moment; 0 where it is not solved before the deadline. `whole`: in whole numbers, which a schedule gives."""
     try:
         from ortools.math_opt.python import mathopt
     except ImportError:
-        return best
-    for z in moments:
-        if time.monotonic() > deadline:
-            break
-        program = _Program(problem, z)
-        program.build()
-        left = timedelta(seconds=max(deadline - time.monotonic(), LEAST_SECONDS))
-        try:
-            result = mathopt.solve(program.model, mathopt.SolverType.HIGHS, params=mathopt.SolveParameters(time_limit=left))
-        except (AttributeError, RuntimeError, ValueError):  # as in milp.py: so some failures of the solver arrive here
-            continue
-        if result.termination.reason.name == "OPTIMAL":
-            best = max(best, math.floor(float(result.objective_value()) * (1 - SAFE)))
-    return best
+        return 0
+    if time.monotonic() > deadline:
+        return 0
+    program = _Program(problem, z, whole)
+    program.build()
+    left = timedelta(seconds=max(deadline - time.monotonic(), LEAST_SECONDS))
+    try:
+        result = mathopt.solve(program.model, mathopt.SolverType.HIGHS, params=mathopt.SolveParameters(time_limit=left))
+    except (AttributeError, RuntimeError, ValueError):  # as in milp.py: so some failures of the solver arrive here
+        return 0
+    optimal = result.termination.reason.name == "OPTIMAL"
+    if not optimal and not whole:
+        return 0
+    proven = result.best_objective_bound() if whole else result.objective_value()
+    return math.floor(proven * (1 - SAFE)) if math.isfinite(proven) else 0

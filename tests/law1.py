@@ -19,10 +19,10 @@ import torch.utils._pytree as pytree
 from models import Training
 
 from mebp_compile import compiler
-from mebp_compile.chunk_cost import price_chunks
+from mebp_compile.chunk_cost import at_blocks, price_chunks, value_bytes
 from mebp_compile.compiler import CompiledStep, optimize
 from mebp_compile.errors import BudgetInfeasible
-from mebp_compile.graph import CHUNKS, Graph, LoopChoice
+from mebp_compile.graph import CHUNKS, Graph, LoopChoice, Op, block_ops, inputs_of
 from mebp_compile.planning import Costs, OpCost
 
 Make = Callable[[], Training]
@@ -73,11 +73,26 @@ def estimated_costs() -> Iterator[None]:
 
 
 def estimate(graph: Graph) -> Costs:
-    """Costs from bytes alone."""
-    sizes = {op.name: sum(graph.storages[storage].size_bytes for storage in (*op.creates, *op.reads, *op.writes)) for op in graph.ops}
-    times = {op.name: 1 + sizes[op.name] * (20 if "mm" in op.target or "attention" in op.target else 1) // 10_000 for op in graph.ops}
-    spare = {op.name: price_chunks(op, LoopChoice(1, op.reads), {}).workspace_bytes for op in graph.ops if op.target == CHUNKS}
-    return Costs({op.name: OpCost(times[op.name], spare.get(op.name, 0)) for op in graph.ops})
+    """Costs from bytes alone; of a region, those of its parts."""
+    costs = {}
+    for op in graph.ops:
+        whole = LoopChoice(1, op.reads)
+        if op.target == CHUNKS and op.body is not None:
+            body = at_blocks(op.body, 1)
+            parts = [(part.target, sum(value_bytes(body, name) for name in named(part) if name in body.value)) for part in block_ops(op, whole)]
+            costs[op.name] = OpCost(sum(guess_us(*part) for part in parts), price_chunks(op, whole, {}).workspace_bytes)
+        else:
+            touched = sum(graph.storages[storage].size_bytes for storage in (*op.creates, *op.reads, *op.writes))
+            costs[op.name] = OpCost(guess_us(op.target, touched))
+    return Costs(costs)
+
+
+def guess_us(target: str, touched_bytes: int) -> int:
+    return 1 + touched_bytes * (20 if "mm" in target or "attention" in target else 1) // 10_000
+
+
+def named(op: Op) -> tuple[str, ...]:
+    return (*inputs_of(op), *(name for name in op.outputs if name))
 
 
 def in_one_block(graph: Graph) -> Graph:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from mebp_compile.kernels import attention
 OPS, aten = torch.ops.mebp, torch.ops.aten
 FORWARD, BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu, aten._scaled_dot_product_flash_attention_for_cpu_backward
 SLACK = 1.1  # one rounding of a random sample is met only about
+FEW = 8  # tokens
 needs_library = pytest.mark.skipif(attention.library() is None, reason="the attention kernel is not built (no C compiler)")
 twins = pytest.mark.parametrize("native", [pytest.param(True, marks=needs_library), False], ids=["C", "torch"])
 
@@ -69,6 +70,7 @@ def distance(got: Tensor, want: Tensor, floor: float = 1e-30) -> float:
 
 @twins
 @settings(max_examples=25, deadline=None)
+@example(tokens=1, sources=17, size=16, groups=3, together=1, causal=False, dtype=torch.bfloat16, large=True)
 @given(
     tokens=st.integers(1, 140), sources=st.integers(1, 140), size=st.sampled_from([16, 48, 64, 128, 256]), groups=st.sampled_from([1, 2, 3]),
     together=st.sampled_from([1, 4]), causal=st.booleans(), dtype=st.sampled_from([torch.bfloat16, torch.float32]),
@@ -77,7 +79,8 @@ def distance(got: Tensor, want: Tensor, floor: float = 1e-30) -> float:
 def test_forward_and_backward(
     native: bool, tokens: int, sources: int, size: int, groups: int, together: int, causal: bool, dtype: torch.dtype, large: bool
 ) -> None:
-    """Any numbers of tokens, keys and heads that share them; scores far from zero too."""
+    """Any numbers of tokens, keys and heads that share them; scores far from zero too. As near to float64 as torch's kernel; of a few tokens each
+    rounding of a score's gradient is shared by a whole row of a result and none averages it, so there either kernel may be unlucky by one."""
     q, grad = (heads(groups * together, tokens, size, dtype, seed, scale=8.0 if large and not seed else 1.0) for seed in (0, 1))
     k, v = (heads(groups, sources, size, dtype, seed) for seed in (2, 3))
     scale = size**-0.5
@@ -86,7 +89,8 @@ def test_forward_and_backward(
         assert a.dtype == b.dtype, name
         assert a.shape == b.shape, name
         floor = float(grad.norm()) if name.startswith("to_") else 1e-30
-        rounding = distance(c.to(a.dtype), c, floor)
+        shared = torch.finfo(a.dtype).eps / 2 if tokens < FEW and name.startswith("to_") else 0.0
+        rounding = max(distance(c.to(a.dtype), c, floor), shared)
         assert distance(a, c, floor) <= SLACK * max(distance(b, c, floor), rounding) + 2e-6, name
 
 
