@@ -145,17 +145,19 @@ class _Bound:
 
     def separators(self) -> list[int]:
         """Ops where memory is short: near the border of forward and backward those that need most bytes alone (in a small problem any op), and
-        the largest peaks of base order, some distance apart."""
+        the one whose fastest way does; and the largest peaks of base order, some distance apart."""
         count, ops = len(self.problem.ops), self.problem.ops
         border = next((k for k, op in enumerate(ops) if op.phase == "backward"), count // 2)
         low, high = (border - SPAN[0], border + SPAN[1]) if count > SPAN[1] else (0, count)
         able = [op for op in range(count) if not ops[op].optional and self.ancestors[op]]
         near = [op for op in able if low <= op < high]
         least = {op: min(self.alone(ops[op], ops[op].choices[k]) for k in self.ways[op]) for op in near}
-        chosen = sorted(near, key=lambda op: (-least[op], op))[:SEPARATORS]
+        hungry = max(near, key=lambda op: self.alone(ops[op], min(ops[op].choices, key=lambda way: way.time_us)), default=-1)
+        chosen = [hungry] if near else []
+        chosen += [op for op in sorted(near, key=lambda op: (-least[op], op)) if op != hungry][:SEPARATORS]
         live = self.live_in_order()
         for op in sorted(able, key=lambda op: (-live[op], op)):
-            if len(chosen) >= SEPARATORS + PEAKS:
+            if len(chosen) > SEPARATORS + PEAKS:
                 break
             if all(abs(op - other) > count * APART for other in chosen):
                 chosen.append(op)
@@ -371,27 +373,30 @@ def _maximise(bound: _Bound, needs: Needs, penalty: int, room: int, planes: list
     return best
 
 
-def moments(problem: Problem) -> list[int]:
-    """The ops whose first runs are moments at which memory is short; the border of forward and backward first."""
-    bound = _Bound(problem)
-    able = all(ways or op.optional for ways, op in zip(bound.ways, problem.ops, strict=True))
-    return bound.separators() if able else []
-
-
 def lower_bound_us(problem: Problem) -> int:
     """No schedule within the budget is faster, in any order, with any recomputes and transfers. Falls back on the roofline without
     ortools."""
+    return bound_and_moments(problem)[0]
+
+
+def bound_and_moments(problem: Problem) -> tuple[int, list[int]]:
+    """The lower bound, and the ops whose first runs are moments at which memory is short: the one that says most about time, then the
+    one whose fastest way needs most memory, then the others."""
+    best, chosen = roofline_us(problem), list[int]()
+    bound = _Bound(problem)
+    if any(not ways for ways, op in zip(bound.ways, problem.ops, strict=True) if not op.optional):
+        return best, chosen
+    chosen = bound.separators()
     try:
         import ortools.graph.python.max_flow  # noqa: F401
     except ImportError:
-        return roofline_us(problem)
-    bound = _Bound(problem)
-    if any(not ways for ways, op in zip(bound.ways, problem.ops, strict=True) if not op.optional):
-        return roofline_us(problem)
-    best = roofline_us(problem)
-    for separator in bound.separators():
-        best = max(best, _bound_of(bound, bound.needs(separator), best))
-    return best
+        return best, chosen
+    says = {}
+    for separator in chosen:
+        says[separator] = _bound_of(bound, bound.needs(separator), best)
+        best = max(best, says[separator])
+    first = max(chosen, key=lambda op: says[op], default=-1)
+    return best, [*([first] if chosen else []), *(op for op in chosen if op != first)]
 
 
 def _bound_of(bound: _Bound, needs: Needs, known_us: int) -> int:

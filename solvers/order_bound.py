@@ -24,13 +24,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from solvers.bounds import always_live, bytes_of, roofline_us
 from solvers.decode import Tables, Value
 from solvers.linear import Expression
-from solvers.problem import Problem
+from solvers.problem import Op, Problem
 
 if TYPE_CHECKING:
     from ortools.math_opt.python.mathopt import Variable
@@ -255,9 +256,22 @@ def base_order_bound_us(problem: Problem, moments: Sequence[int], deadline: floa
     """No schedule with its first runs in base order is faster. The largest bound of as many of the moments (ops that aren't optional) as are solved
     before the deadline (time.monotonic), and of the best of them again in whole numbers; the roofline at least, and without ortools."""
     best, until = (roofline_us(problem), -1), (time.monotonic() + deadline) / 2  # half of the time for the moments
+    problem = _with_fitting_ways(problem)
     for z in moments:
         best = max(best, (_bound_us(problem, z, until), z))
     return max(best[0], _bound_us(problem, best[1], deadline, whole=True)) if best[1] >= 0 else best[0]
+
+
+def _with_fitting_ways(problem: Problem) -> Problem:
+    """The problem without the ways of ops that need more than the budget alone: no schedule takes them."""
+    pinned = always_live(problem)
+    room = problem.budget_bytes - problem.constant_bytes - bytes_of(problem, pinned)
+
+    def fitting(op: Op) -> Op:
+        ways = tuple(way for way in op.choices if bytes_of(problem, {*way.reads, *op.writes, *op.creates} - pinned) + way.workspace_bytes <= room)
+        return replace(op, choices=ways or op.choices)
+
+    return replace(problem, ops=tuple(map(fitting, problem.ops)))
 
 
 def _bound_us(problem: Problem, z: int, deadline: float, whole: bool = False) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from solvers import anneal
 from solvers.bounds import roofline_us, working_set
 from solvers.check import Report, ScheduleError, replay
-from solvers.cut_bound import lower_bound_us, moments
+from solvers.cut_bound import bound_and_moments
 from solvers.decode import Decisions, DecodeError, Tables
 from solvers.emit import emit, overlapped, synchronous
 from solvers.evict import Rates, State
@@ -30,7 +30,7 @@ ALL_USED = 0.9  # of the budget
 MODEL_SECONDS = 2.0  # with less time left the global model is not tried
 MODEL_SHARE = 0.7  # of the time left
 REPAIRS = 30
-BOUND_SHARE = 0.2  # of the time, for the bound of base order
+BOUND_SHARE = 0.25  # of the time, for the bound of base order
 BASE_ORDER_SHARE = 0.5  # of the time, where the order is free as well
 MODEL_WORTH = 1.001  # times the bound: a schedule so good is left as it is
 
@@ -114,9 +114,9 @@ def solve(
     tables, best = Tables(problem), _Best(problem)
     for hint in hints:
         best.offer(hint, "hint")
-    bound = roofline_us(problem) if effort == "fast" else lower_bound_us(problem)
+    bound, moments = (roofline_us(problem), []) if effort == "fast" else bound_and_moments(problem)
     until = time.monotonic() + BOUND_SHARE * time_limit_s
-    order_bound = None if effort == "fast" else max(bound, base_order_bound_us(problem, moments(problem), until))
+    order_bound = None if effort == "fast" else max(bound, base_order_bound_us(problem, moments, until))
     free_order = effort == "proof" and len(problem.ops) <= anneal.MOST_OPS
     in_base_order = time_limit_s * (BASE_ORDER_SHARE if free_order else 1.0)
     course = _Course(tables, best, deadline - time_limit_s + in_base_order, seed, progress, order_bound or bound)

@@ -9,7 +9,7 @@ from generators import layered, small, transformer
 from solvers.baselines import keep_all
 from solvers.bounds import roofline_us
 from solvers.check import replay
-from solvers.cut_bound import lower_bound_us, moments
+from solvers.cut_bound import bound_and_moments, lower_bound_us
 from solvers.order_bound import base_order_bound_us
 from solvers.problem import Choice, Op, Problem, Storage
 from solvers.solve import Infeasible, solve
@@ -18,7 +18,7 @@ BATCHES = 4
 
 
 def bound_of(problem: Problem, *chosen: int) -> int:
-    return base_order_bound_us(problem, chosen or moments(problem), time.monotonic() + 100.0)
+    return base_order_bound_us(problem, chosen or bound_and_moments(problem)[1], time.monotonic() + 100.0)
 
 
 @pytest.mark.parametrize("batch", range(BATCHES))
@@ -85,6 +85,6 @@ def test_what_is_read_from_disk_was_made_once() -> None:
 def test_no_time_and_no_ortools(monkeypatch: pytest.MonkeyPatch) -> None:
     """The roofline, then."""
     problem = layered(1, 40).with_budget(400)
-    assert base_order_bound_us(problem, moments(problem), time.monotonic() - 1.0) == roofline_us(problem)
+    assert base_order_bound_us(problem, bound_and_moments(problem)[1], time.monotonic() - 1.0) == roofline_us(problem)
     monkeypatch.setitem(__import__("sys").modules, "ortools.math_opt.python", None)
     assert bound_of(problem, 5) == roofline_us(problem)
