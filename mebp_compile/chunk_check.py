@@ -4,7 +4,7 @@ they are in bits is a matter of the library's kernels, and is measured, not beli
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mebp_compile.chunk_cost import at_blocks, tile_columns
@@ -21,22 +21,23 @@ def block_checks(region: Op, ask: Callable[[Graph, Op], Json | None]) -> dict[st
     an op that can't be compared. `ask` gives the request of an op of a graph."""
     assert region.body is not None
     body, tokens, lengths = region.body, int(region.body.name), _lengths(region)
+    whole = at_blocks(body, 1)
     checks: dict[str, Json | None] = {}
     for op in body.ops:
         if op.target == "run.product":
             checks[op.name] = _product_check(body, op, tokens, lengths)
         elif op.phase in COMPUTED and op.target.startswith(("aten.", "mebp.")):
-            request = ask(at_blocks(body, 1), op)
+            request = ask(whole, op)
             checks[op.name] = request and _rows_check(body, op, tokens, lengths, request)
     return checks
 
 
-def proven(region: Op, choice: LoopChoice, answer: Callable[[Json], Json], checks: dict[str, Json | None]) -> bool:
-    """Whether every op that the choice runs was found equal in blocks of its length."""
+def proven(region: Op, choice: LoopChoice, equal: Mapping[str, Sequence[bool]]) -> bool:
+    """Whether every op that the choice runs was found equal in blocks of its length. `equal`: the answers of `block_checks`, by op; none where an op
+    could not be compared."""
     assert region.body is not None
     index = _lengths(region).index(block_rows(int(region.body.name), choice.trips))
-    run = [checks[op.name] for op in block_ops(region, choice) if op.name in checks]
-    return all(check and answer(check).get("equal", [False] * (index + 1))[index] for check in run)
+    return all(any(equal[op.name][index : index + 1]) for op in block_ops(region, choice) if op.name in equal)
 
 
 def _lengths(region: Op) -> list[int]:
@@ -48,13 +49,12 @@ def _lengths(region: Op) -> list[int]:
 def _rows_check(body: Graph, op: Op, tokens: int, lengths: list[int], request: Json) -> Json:
     """The op on all rows, and on so many of them at a time; where its result is written over an input, it is so in blocks alone."""
     written = overwritten(op)
-    keyword = next((key for key, arg in op.kwargs if written and arg == Ref(written)), "")
     return {
         "kind": "equal_blocks",
         "target": op.target,
         "args": request["args"],
-        "kwargs": {key: arg for key, arg in request["kwargs"].items() if key != keyword},
-        "over": [op.args.index(Ref(written)), keyword] if written else None,
+        "kwargs": {key: arg for key, arg in request["kwargs"].items() if key not in op.out},
+        "over": [op.args.index(Ref(written)), op.out[0]] if written else None,
         "places": [_rows_dimension(body, arg.name) if isinstance(arg, Ref) else None for arg in op.args],
         "made": [[index, _rows_dimension(body, name)] for index, name in enumerate(op.outputs) if name],
         "tokens": tokens,

@@ -54,9 +54,10 @@ def measure_costs(
     table = CostTable()
     wanted = {op.name: _request(graph, op, records or {}) for op in graph.ops if op.target != CHUNKS}
     loops = {op.name: loop_requests(graph, op, records or {}) for op in graph.ops if op.menu and op.target != CHUNKS}
-    regions = {op.name: _block_requests(graph, op, records or {}) for op in graph.ops if op.target == CHUNKS}
+    ask = _asking(graph, records or {})
+    regions = {op.name: chunk_requests(op, ask) for op in graph.ops if op.target == CHUNKS}
     exact = options.numerics == "exact"
-    checks = {op.name: _block_checks(op, records or {}) for op in graph.ops if op.target == CHUNKS and exact}
+    checks = {op.name: block_checks(op, ask) for op in graph.ops if op.target == CHUNKS and exact}
     asked = [each for tiles in loops.values() for tile in tiles.values() for each in (tile.work, tile.make, tile.check)]
     blocks = [request for requests in regions.values() for block in requests.values() for request in block.values()]
     compared = [check for each in checks.values() for check in each.values()]
@@ -69,7 +70,7 @@ def measure_costs(
     read_speed = disk["read"] if disk else LOOP_BYTES_PER_US
     ops = tuple(replace(op, menu=_priced(graph, op, loops[op.name], results, read_speed)) if op.name in loops else op for op in graph.ops)
     ops = tuple(
-        replace(op, menu=_priced_choices(op, regions[op.name], checks.get(op.name), results)) if op.name in regions else op
+        replace(op, menu=_priced_choices(op, regions[op.name], checks.get(op.name, {}), results)) if op.name in regions else op
         for op in ops
     )
     speeds = {} if disk is None else {
@@ -119,14 +120,9 @@ def _request(graph: Graph, op: Op, records: dict[str, Record]) -> Json | None:
     return request
 
 
-def _block_requests(graph: Graph, region: Op, records: dict[str, Record]) -> dict[int, Requests]:
-    """By number of trips, the measurements of the ops of one block of a region; the weights that it makes are the graph's."""
-    return chunk_requests(region, lambda body, op: _request(graph if op.target == "run.dequantise" else body, op, records))
-
-
-def _block_checks(region: Op, records: dict[str, Record]) -> dict[str, Json | None]:
-    """What has to be compared before blocks of a region are believed to leave the bits of the whole."""
-    return block_checks(region, lambda body, op: _request(body, op, records))
+def _asking(graph: Graph, records: dict[str, Record]) -> Callable[[Graph, Op], Json | None]:
+    """The measurement of an op of a region's body; the weights that it makes are the graph's."""
+    return lambda body, op: _request(graph if op.target == "run.dequantise" else body, op, records)
 
 
 def _dequantise_request(graph: Graph, op: Op, records: dict[str, Record]) -> Json:
@@ -197,14 +193,11 @@ def _priced(
 
 
 def _priced_choices(
-    op: Op, requests: dict[int, Requests], checks: dict[str, Json | None] | None, results: dict[str, Json]
+    op: Op, requests: dict[int, Requests], checks: dict[str, Json | None], results: dict[str, Json]
 ) -> tuple[LoopChoice, ...]:
-    """The choices of a region's menu, priced; with `checks`, those whose ops were all found to leave the bits of the whole."""
-
-    def answer(check: Json) -> Json:
-        return results[_key(check)]
-
-    taken = [choice for choice in op.menu if checks is None or proven(op, choice, answer, checks)]
+    """The choices of a region's menu, priced: those whose ops were all found to leave the bits of the whole, as far as `checks` asks."""
+    equal = {name: results[_key(check)].get("equal", []) if check else [] for name, check in checks.items()}
+    taken = [choice for choice in op.menu if proven(op, choice, equal)]
     return tuple(_priced_blocks(op, choice, requests, results) for choice in taken)
 
 

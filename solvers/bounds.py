@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from solvers.problem import Op, Problem
+from solvers.problem import Choice, Op, Problem
 
 
 def roofline_us(problem: Problem) -> int:
@@ -38,16 +38,14 @@ def working_set(problem: Problem) -> tuple[int, str]:
     base = problem.constant_bytes + sum(problem.storages[s].size_bytes for s in pinned)
     outputs = {index for index, storage in enumerate(problem.storages) if storage.output}
     needs = [(base + bytes_of(problem, outputs - pinned), "end of the step")]
-    needs += [(base + _op_bytes(problem, op, pinned), op.name) for op in problem.ops if not op.optional]
+    for op in (op for op in problem.ops if not op.optional):
+        needs.append((base + min(alone_bytes(problem, op, choice, pinned) for choice in op.choices), op.name))
     return max(needs, key=lambda need: need[0])
 
 
-def _op_bytes(problem: Problem, op: Op, pinned: frozenset[int]) -> int:
-    """Bytes beyond `pinned` in the op's least demanding choice."""
-    return min(
-        bytes_of(problem, {*choice.reads, *op.writes, *op.creates} - pinned) + choice.workspace_bytes
-        for choice in op.choices
-    )
+def alone_bytes(problem: Problem, op: Op, choice: Choice, pinned: frozenset[int]) -> int:
+    """Bytes beyond `pinned` that the op needs in this way, whatever else is in memory."""
+    return bytes_of(problem, {*choice.reads, *op.writes, *op.creates} - pinned) + choice.workspace_bytes
 
 
 def bytes_of(problem: Problem, storages: Collection[int]) -> int:

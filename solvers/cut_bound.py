@@ -2,79 +2,22 @@
 
 `lower_bound_us` looks at two moments of which every schedule has one: the start, and the first run of the *separator*, an op (the loss)
 that most others come before or after by their data. What is needed after it and isn't in memory then must be made or read again; with a
-price lambda for each byte kept, the least cost of that is a minimum cut, and the best lambda gives the bound (Lagrangian parametric cut).
+price for each byte kept, the least cost of that is a minimum cut, and the best price gives the bound (`parametric_cut`).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 
-from solvers.bounds import always_live, bytes_of, roofline_us
+from solvers.bounds import alone_bytes, always_live, bytes_of, roofline_us
 from solvers.decode import Tables, Value
+from solvers.parametric_cut import Limits, Needs, Way, least_us
 from solvers.problem import Choice, Op, Problem
 
-
-@dataclass(frozen=True, slots=True)
-class Way:
-    """One way to meet a need: microseconds of compute and of the disk, delay of compute by the disk, bytes at the separator and at home."""
-
-    compute_us: float = 0.0
-    delay_us: float = 0.0
-    disk_us: float = 0.0
-    kept_bytes: int = 0
-    home_bytes: int = 0
-
-    def price(self, prices: Prices) -> float:
-        """(1 - mu) * (compute + delay) + mu * disk + lambda * kept + lambda_home * home: the step is at least as long as either stream."""
-        time_us = (1 - prices.disk) * (self.compute_us + self.delay_us) + prices.disk * self.disk_us
-        return time_us + prices.kept * self.kept_bytes + prices.home * self.home_bytes
-
-    def plus(self, other: Way) -> Way:
-        return Way(
-            self.compute_us + other.compute_us,
-            self.delay_us + other.delay_us,
-            self.disk_us + other.disk_us,
-            self.kept_bytes + other.kept_bytes,
-            self.home_bytes + other.home_bytes,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Prices:
-    """Multipliers: of a byte in memory at the separator, of a byte at home, and the weight of the disk's time."""
-
-    kept: float = 0.0
-    home: float = 0.0
-    disk: float = 0.0
-
-
-NOTHING = Way()
-SCALE = 1000  # capacities are integers: rounding down keeps the bound a bound
-ENDLESS = 1 << 50
-ROUNDS = 40  # evaluations of the dual for each separator
 SEPARATORS = 4  # near the border of forward and backward
 PEAKS = 6  # elsewhere
 APART = 0.02  # of all ops
 SPAN = (12, 60)  # ops before and after the border of forward and backward
-CLOSE = 1e-5
-
-
-@dataclass(slots=True)
-class Needs:
-    """What follows from one separator. arcs: (tail, head, ways; the cheapest is the capacity, none: endless). Node 0 is the source, 1 the
-    sink. choices: (penalty, bytes free at the separator) for each of its ways that fits. loose: needs met on their own."""
-
-    arcs: list[tuple[int, int, tuple[Way, ...]]] = field(default_factory=list)
-    loose: list[tuple[Way, ...]] = field(default_factory=list)
-    choices: list[tuple[int, int]] = field(default_factory=list)
-    nodes: dict[tuple[str, int, int], int] = field(default_factory=dict)
-
-    def node(self, kind: str, a: int, b: int = 0) -> tuple[int, bool]:
-        """The number of a node, and whether it is new."""
-        key = (kind, a, b)
-        fresh = key not in self.nodes
-        return self.nodes.setdefault(key, len(self.nodes) + 2), fresh
 
 
 class _Bound:
@@ -97,7 +40,7 @@ class _Bound:
         return [k for k, choice in enumerate(op.choices) if self.alone(op, choice) <= room]
 
     def alone(self, op: Op, choice: Choice) -> int:
-        return bytes_of(self.problem, {*choice.reads, *op.writes, *op.creates} - self.pinned) + choice.workspace_bytes
+        return alone_bytes(self.problem, op, choice, self.pinned)
 
     def is_optional(self, storage: int) -> bool:
         maker = self.tables.created_by[storage]
@@ -153,11 +96,10 @@ class _Bound:
         near = [op for op in able if low <= op < high]
         least = {op: min(self.alone(ops[op], ops[op].choices[k]) for k in self.ways[op]) for op in near}
         hungry = max(near, key=lambda op: self.alone(ops[op], min(ops[op].choices, key=lambda way: way.time_us)), default=-1)
-        chosen = [hungry] if near else []
-        chosen += [op for op in sorted(near, key=lambda op: (-least[op], op)) if op != hungry][:SEPARATORS]
+        chosen = sorted(near, key=lambda op: (op != hungry, -least[op], op))[: 1 + SEPARATORS]
         live = self.live_in_order()
         for op in sorted(able, key=lambda op: (-live[op], op)):
-            if len(chosen) > SEPARATORS + PEAKS:
+            if len(chosen) >= 1 + SEPARATORS + PEAKS:
                 break
             if all(abs(op - other) > count * APART for other in chosen):
                 chosen.append(op)
@@ -303,76 +245,6 @@ class _Graph:
             self.stack.append((run, producer))
 
 
-def _cheapest(ways: tuple[Way, ...], prices: Prices) -> Way:
-    return min(ways, key=lambda way: way.price(prices))
-
-
-def _meet(needs: Needs, prices: Prices) -> tuple[float, Way]:
-    """The least price of all needs, rounded down, and what attains it."""
-    import numpy as np
-    from ortools.graph.python import max_flow
-
-    total, cost = NOTHING, 0.0
-    for ways in needs.loose:
-        way = _cheapest(ways, prices)
-        total, cost = total.plus(way), cost + way.price(prices)
-    if not needs.arcs:
-        return cost, total
-    best = [_cheapest(ways, prices) if ways else None for _, _, ways in needs.arcs]
-    capacity = [ENDLESS if way is None else min(ENDLESS, int(SCALE * way.price(prices))) for way in best]
-    tails, heads = (np.array([arc[k] for arc in needs.arcs], dtype=np.int32) for k in (0, 1))
-    flow = max_flow.SimpleMaxFlow()
-    flow.add_arcs_with_capacity(tails, heads, np.array(capacity, dtype=np.int64))
-    if flow.solve(0, 1) != flow.OPTIMAL:
-        raise ArithmeticError("the maximum flow was not found")
-    side = set(flow.get_source_side_min_cut())
-    for (tail, head, _), taken in zip(needs.arcs, best, strict=True):
-        if taken is not None and tail in side and head not in side:
-            total = total.plus(taken)
-    return cost + flow.optimal_flow() / SCALE, total
-
-
-def _home_room(bound: _Bound) -> int:
-    """Bytes for what is at home in memory: at the end of the step it is there beside the outputs."""
-    return bound.problem.budget_bytes - bound.ended_bytes
-
-
-def _next_prices(bound: _Bound, planes: list[Way], penalty: int, room: int, most: float) -> tuple[Prices, float]:
-    """Where the planes seen so far allow the highest bound (Kelley's cutting planes)."""
-    from ortools.math_opt.python import mathopt
-
-    model = mathopt.Model()
-    unit = 1e6  # bytes
-    kept, home = (model.add_variable(lb=0.0, ub=most * unit) for _ in range(2))
-    disk = model.add_variable(lb=0.0, ub=0.95)
-    top = model.add_variable(ub=1e15)
-    for way in planes:
-        time_us = bound.base_us + penalty + way.compute_us + way.delay_us
-        slope = kept * ((way.kept_bytes - room) / unit) + home * ((way.home_bytes - _home_room(bound)) / unit)
-        model.add_linear_constraint(top <= time_us + slope + disk * (way.disk_us - time_us))
-    model.maximize(top)
-    result = mathopt.solve(model, mathopt.SolverType.HIGHS)
-    if not result.has_primal_feasible_solution():
-        return Prices(), -math.inf
-    x = result.variable_values()
-    return Prices(max(0.0, x[kept]) / unit, max(0.0, x[home]) / unit, min(1.0, max(0.0, x[disk]))), float(x[top])
-
-
-def _maximise(bound: _Bound, needs: Needs, penalty: int, room: int, planes: list[Way]) -> float:
-    """The best bound of one separator, run in one of its ways."""
-    best = float(bound.base_us + penalty)
-    most = 10.0 * (bound.base_us + 1) / min(1e4, bound.problem.budget_bytes + 1)  # us per byte, far above any that pays
-    for _ in range(ROUNDS):
-        prices, top = _next_prices(bound, planes, penalty, room, most) if planes else (Prices(), math.inf)
-        if top <= best * (1 + CLOSE):
-            break
-        cost, plane = _meet(needs, prices)
-        value = (1 - prices.disk) * (bound.base_us + penalty) + cost - prices.kept * room - prices.home * _home_room(bound)
-        best = max(best, value)
-        planes.append(plane)
-    return best
-
-
 def lower_bound_us(problem: Problem) -> int:
     """No schedule within the budget is faster, in any order, with any recomputes and transfers. Falls back on the roofline without
     ortools."""
@@ -396,15 +268,18 @@ def bound_and_moments(problem: Problem) -> tuple[int, list[int]]:
         says[separator] = _bound_of(bound, bound.needs(separator), best)
         best = max(best, says[separator])
     first = max(chosen, key=lambda op: says[op], default=-1)
-    return best, [*([first] if chosen else []), *(op for op in chosen if op != first)]
+    return best, sorted(chosen, key=lambda op: op != first)
 
 
 def _bound_of(bound: _Bound, needs: Needs, known_us: int) -> int:
-    """The bound of one separator: the least over its ways, which end early where that can't exceed what is known."""
-    planes, least = list[Way](), math.inf
+    """The bound of one separator: the least over its ways, which end early where that can't exceed what is known. What is at home in memory is
+    there beside the outputs at the end of the step."""
+    planes, least, budget_bytes = list[Way](), math.inf, bound.problem.budget_bytes
+    most = 10.0 * (bound.base_us + 1) / min(1e4, budget_bytes + 1)
     for penalty, room in sorted(needs.choices):
         if bound.base_us + penalty < least:
-            least = min(least, _maximise(bound, needs, penalty, room, planes))
+            limits = Limits(bound.base_us + penalty, room, budget_bytes - bound.ended_bytes)
+            least = min(least, least_us(needs, limits, most, planes))
         if least <= known_us:
             break
     return math.floor(least) if least < math.inf else 0

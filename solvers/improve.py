@@ -16,25 +16,26 @@ REFILL_OPS = 100_000  # ops decoded per refill round, roughly
 
 @dataclass(frozen=True, slots=True)
 class Undo:
-    """One decision that could be taken back: bytes more in events first..last, microseconds saved."""
+    """One decision that could be taken back: bytes more in events first..last, microseconds saved. storage: that of a cut (at the boundary), a home
+    or a spill; ways: (op, way) of each op that would run in another way."""
 
     kind: str  # "cut", "away", "spill" or "ways"
-    subject: int
-    value: int
     size_bytes: int
     spans: tuple[tuple[int, int], ...]
     saved_us: float
-    ways: tuple[tuple[int, int], ...] = ()  # (op, way)
+    storage: int = -1
+    boundary: int = -1
+    ways: tuple[tuple[int, int], ...] = ()
 
     def apply(self, decisions: Decisions) -> None:
         """Take the decision back in place."""
         if self.kind == "cut":
-            if self.value in decisions.cuts.get(self.subject, ()):
-                decisions.uncut(self.subject, self.value)
+            if self.boundary in decisions.cuts.get(self.storage, ()):
+                decisions.uncut(self.storage, self.boundary)
         elif self.kind == "away":
-            decisions.away.discard(self.subject)
+            decisions.away.discard(self.storage)
         elif self.kind == "spill":
-            decisions.spilled.discard(self.subject)
+            decisions.spilled.discard(self.storage)
         for op, way in self.ways:
             decisions.choice[op] = way
 
@@ -81,7 +82,7 @@ def _undo_cuts(tables: Tables, state: State, weight: float) -> list[Undo]:
         saved += weight * tables.write_us[storage] if before in written else 0
         for boundary in cuts[storage]:
             if start < boundary <= end:
-                result.append(Undo("cut", storage, boundary, tables.size[storage], ((last + 1, birth - 1),), saved))
+                result.append(Undo("cut", tables.size[storage], ((last + 1, birth - 1),), saved, storage, boundary))
     return result
 
 
@@ -104,7 +105,7 @@ def _undo_away(tables: Tables, state: State, weight: float) -> list[Undo]:
     for storage in sorted(state.decisions.away):
         spans = ((0, first.get(storage, count) - 1), (last.get(storage, count) + 1, count - 1))
         saved = tables.read_us[storage] + (tables.write_us[storage] if storage in tables.written else 0)
-        result.append(Undo("away", storage, 0, tables.size[storage], spans, weight * saved))
+        result.append(Undo("away", tables.size[storage], spans, weight * saved, storage))
     return result
 
 
@@ -118,7 +119,7 @@ def _undo_spills(tables: Tables, state: State, weight: float) -> list[Undo]:
         again = tables.problem.ops[producer].choices[state.decisions.choice[producer]].time_us
         saved = weight * (tables.read_us[storage] + tables.write_us[storage]) - again
         if saved > 0:
-            result.append(Undo("spill", storage, 0, 0, (), saved))
+            result.append(Undo("spill", 0, (), saved, storage))
     return result
 
 
@@ -136,7 +137,7 @@ def _undo_choices(tables: Tables, state: State) -> list[Undo]:
             more = choices[k].workspace_bytes - choices[now].workspace_bytes
             more += sum(tables.size[s] for s in choices[k].reads) - sum(tables.size[s] for s in choices[now].reads)
             saved = (choices[now].time_us - choices[k].time_us) * len(at)
-            result.append(Undo("ways", op, k, max(0, more), tuple((e, e) for e in at), saved, ((op, k),)))
+            result.append(Undo("ways", max(0, more), tuple((e, e) for e in at), saved, ways=((op, k),)))
     return result
 
 
@@ -160,7 +161,7 @@ def _undo_sharing(tables: Tables, state: State) -> list[Undo]:
         saved = ops[maker].choices[choice[maker]].time_us - slower
         if saved > 0:
             more = max(ops[op].choices[way].workspace_bytes for op, way in ways) - tables.size[storage]
-            result.append(Undo("ways", storage, 0, max(0, more), tuple((event, event) for event, _ in served), saved, ways))
+            result.append(Undo("ways", max(0, more), tuple((event, event) for event, _ in served), saved, ways=ways))
     return result
 
 

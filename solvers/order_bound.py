@@ -28,7 +28,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from solvers.bounds import always_live, bytes_of, roofline_us
+from solvers.bounds import alone_bytes, always_live, bytes_of, roofline_us
 from solvers.decode import Tables, Value
 from solvers.linear import Expression
 from solvers.problem import Op, Problem
@@ -41,17 +41,34 @@ LEAST_SECONDS = 0.01
 SAFE = 1e-6  # of the bound: what the linear program may be wrong by
 
 
+class _Facts:
+    """What is the same at every moment. needs[o]: what op o needs -> the ways that need it, without what is always in memory."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.pinned = always_live(problem)
+        self.problem = _with_fitting_ways(problem, self.pinned)
+        self.tables = Tables(self.problem)
+        self.needs = [self.needs_of(o) for o in range(len(problem.ops))]
+
+    def needs_of(self, o: int) -> dict[Value, list[int]]:
+        result: dict[Value, list[int]] = {}
+        for c in range(len(self.problem.ops[o].choices)):
+            for value in self.tables.needs(o, c):
+                if value[0] not in self.pinned:
+                    result.setdefault(value, []).append(c)
+        return result
+
+
 class _Program:
     """The linear program for one moment, the first run of op z. side[o]: that of op o's first run. `whole`: in whole numbers."""
 
-    def __init__(self, problem: Problem, z: int, whole: bool = False) -> None:
+    def __init__(self, facts: _Facts, z: int, whole: bool = False) -> None:
         from ortools.math_opt.python import mathopt
 
-        self.whole = whole
-        self.problem, self.tables, self.z = problem, Tables(problem), z
+        self.problem, self.tables, self.pinned, self.needs = facts.problem, facts.tables, facts.pinned, facts.needs
+        self.z, self.whole = z, whole
         self.model = mathopt.Model(name="order bound")
-        self.pinned = always_live(problem)
-        self.side = [int(z <= op) for op in range(len(problem.ops))]
+        self.side = [int(z <= op) for op in range(len(self.needs))]
         self.kept: dict[Value, Variable] = {}
         self.again: dict[tuple[int, int], Variable] = {}
         self.fetched: dict[tuple[int, Value], Variable] = {}
@@ -132,17 +149,8 @@ class _Program:
             self.transfer(self.written[value], self.tables.write_us[value[0]])
         return self.written[value]
 
-    def needs(self, o: int) -> dict[Value, list[int]]:
-        """What op o needs -> the ways that need it, without what is always in memory."""
-        result: dict[Value, list[int]] = {}
-        for c in range(len(self.problem.ops[o].choices)):
-            for value in self.tables.needs(o, c):
-                if value[0] not in self.pinned:
-                    result.setdefault(value, []).append(c)
-        return result
-
     def forced(self, o: int) -> list[Value]:
-        return [value for value, ways in self.needs(o).items() if len(ways) == len(self.problem.ops[o].choices)]
+        return [value for value, ways in self.needs[o].items() if len(ways) == len(self.problem.ops[o].choices)]
 
     def may_run(self, k: int, o: int) -> bool:
         """Op o may run on side k beside its first run: it ran before, or is optional, and comes when it is needed."""
@@ -151,7 +159,7 @@ class _Program:
 
     def useful_from(self, first: int) -> set[Value]:
         """Values that op `first` or something after it may need and that are there before."""
-        stack = [v for o in range(first, len(self.problem.ops)) for v in self.needs(o)]
+        stack = [v for o in range(first, len(self.problem.ops)) for v in self.needs[o]]
         stack += [(s, v) for s, v in enumerate(self.tables.final) if self.problem.storages[s].output or s in self.home]
         result = set[Value]()
         while stack:
@@ -206,7 +214,7 @@ class _Program:
     def add_needs(self, k: int) -> None:
         for o, op in enumerate(self.problem.ops):
             if self.side[o] == k and not op.optional:
-                for value, ways in self.needs(o).items():
+                for value, ways in self.needs[o].items():
                     self.demand(k, value, self.ways(o, ways))
         for (side, o), run in self.again.items():
             for value in self.forced(o) if side == k else ():
@@ -225,7 +233,7 @@ class _Program:
         """Memory while op z runs for the first time."""
         op, size = self.problem.ops[self.z], self.tables.size
         memory = Expression(constant=float(self.base_bytes() + bytes_of(self.problem, op.creates)))
-        for value, ways in self.needs(self.z).items():
+        for value, ways in self.needs[self.z].items():
             self.row(Expression().add(self.kept[value]).add(self.ways(self.z, ways), -1.0), 0.0)
         for (s, _), kept in self.kept.items():
             if s not in op.creates:
@@ -256,25 +264,24 @@ def base_order_bound_us(problem: Problem, moments: Sequence[int], deadline: floa
     """No schedule with its first runs in base order is faster. The largest bound of as many of the moments (ops that aren't optional) as are solved
     before the deadline (time.monotonic), and of the best of them again in whole numbers; the roofline at least, and without ortools."""
     best, until = (roofline_us(problem), -1), (time.monotonic() + deadline) / 2  # half of the time for the moments
-    problem = _with_fitting_ways(problem)
+    facts = _Facts(problem)
     for z in moments:
-        best = max(best, (_bound_us(problem, z, until), z))
-    return max(best[0], _bound_us(problem, best[1], deadline, whole=True)) if best[1] >= 0 else best[0]
+        best = max(best, (_bound_us(facts, z, until), z))
+    return max(best[0], _bound_us(facts, best[1], deadline, whole=True)) if best[1] >= 0 else best[0]
 
 
-def _with_fitting_ways(problem: Problem) -> Problem:
+def _with_fitting_ways(problem: Problem, pinned: frozenset[int]) -> Problem:
     """The problem without the ways of ops that need more than the budget alone: no schedule takes them."""
-    pinned = always_live(problem)
     room = problem.budget_bytes - problem.constant_bytes - bytes_of(problem, pinned)
 
     def fitting(op: Op) -> Op:
-        ways = tuple(way for way in op.choices if bytes_of(problem, {*way.reads, *op.writes, *op.creates} - pinned) + way.workspace_bytes <= room)
+        ways = tuple(way for way in op.choices if alone_bytes(problem, op, way, pinned) <= room)
         return replace(op, choices=ways or op.choices)
 
     return replace(problem, ops=tuple(map(fitting, problem.ops)))
 
 
-def _bound_us(problem: Problem, z: int, deadline: float, whole: bool = False) -> int:
+def _bound_us(facts: _Facts, z: int, deadline: float, whole: bool = False) -> int:
     """The bound for one moment; 0 where it is not solved before the deadline. `whole`: in whole numbers, which a schedule gives."""
     try:
         from ortools.math_opt.python import mathopt
@@ -282,7 +289,7 @@ def _bound_us(problem: Problem, z: int, deadline: float, whole: bool = False) ->
         return 0
     if time.monotonic() > deadline:
         return 0
-    program = _Program(problem, z, whole)
+    program = _Program(facts, z, whole)
     program.build()
     left = timedelta(seconds=max(deadline - time.monotonic(), LEAST_SECONDS))
     try:

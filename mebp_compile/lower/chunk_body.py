@@ -181,8 +181,9 @@ def _in_place(ops: list[Op], values: Mapping[str, Value]) -> list[Op]:
     for index, op in enumerate(ops):
         ending = (name for name in inputs_of(op) if root.get(name) in own and last[root[name]] == index)
         over = next((name for name in ending if _may_hold(op, name, root, values)), None)
-        made.append(op if over is None else replace(op, target=op.out_target, kwargs=(*op.kwargs, (op.out[0], Ref(over)))))
-    return [replace(op, out_target="", out=()) for op in made]
+        plain = replace(op, out_target="", out=())
+        made.append(plain if over is None else replace(plain, target=op.out_target, kwargs=(*op.kwargs, (op.out[0], Ref(over))), out=op.out))
+    return made
 
 
 def _may_hold(op: Op, name: str, root: Mapping[str, str], values: Mapping[str, Value]) -> bool:
@@ -198,8 +199,9 @@ def _form(value: Value) -> tuple[object, ...]:
 
 
 def overwritten(op: Op) -> str | None:
-    """The input of a body's op that its result is written over."""
-    return next((arg.name for key, arg in op.kwargs if key in ("out", "grad_input") and isinstance(arg, Ref)), None)
+    """The input of a body's op that its result is written over, which is given as the op's `out`."""
+    over = dict(op.kwargs).get(op.out[0]) if op.out else None
+    return over.name if isinstance(over, Ref) else None
 
 
 def _lifespans(ops: list[Op]) -> tuple[dict[str, str], dict[str, int]]:

@@ -83,31 +83,22 @@ def _several(made: Any) -> tuple[Any, ...]:
     return tuple(made) if isinstance(made, (tuple, list)) else (made,)
 
 
-def _inputs(arguments: Mapping[str, Any]) -> Json:
-    torch.manual_seed(0)
-    return {name: decode(value) for name, value in arguments.items()}
-
-
 def _run_program(source: str, arguments: Mapping[str, Any]) -> tuple[list[torch.Tensor], dict[str, str]]:
-    """The tensors a function body returns, and a digest of each input tensor as it left it."""
-    inputs = _inputs(arguments)
-    outputs = _outputs(source, inputs)
-    return outputs, {name: _digest(tensor) for name, tensor in inputs.items() if isinstance(tensor, torch.Tensor)}
-
-
-def _outputs(source: str, inputs: Json) -> list[torch.Tensor]:
-    """The tensors a function body returns. The source is this package's own text."""
+    """The tensors a function body returns, and a digest of each input tensor as it left it. The source is this package's own text."""
     scope: Json = {}
     exec(
         compile(f"def program(torch, inputs):\n{textwrap.indent(textwrap.dedent(source), '    ')}", "<equal>", "exec"),
         scope,
     )
+    torch.manual_seed(0)
+    inputs = {name: decode(value) for name, value in arguments.items()}
     result = scope["program"](torch, inputs)
     if result is None:
         raise MeasureError("a program returned nothing", "end its source with `return`")
     given = {tensor.untyped_storage()._cdata for tensor in inputs.values() if isinstance(tensor, torch.Tensor)}
     outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-    return [leaf.clone() if leaf.untyped_storage()._cdata in given else leaf for leaf in outputs]
+    outputs = [leaf.clone() if leaf.untyped_storage()._cdata in given else leaf for leaf in outputs]
+    return outputs, {name: _digest(tensor) for name, tensor in inputs.items() if isinstance(tensor, torch.Tensor)}
 
 
 def _digest(tensor: torch.Tensor) -> str:

@@ -28,13 +28,14 @@ aten = torch.ops.aten
 def run(module: torch.fx.GraphModule) -> list[str]:
     """Rewrite every loss that can be; a note with how many."""
     nodes = [node for node in module.graph.nodes if _fits(node)]
+    if not nodes:
+        return []
     for node in nodes:
         _rewrite(module.graph, node)
-    if nodes:
-        for ones in [node for node in module.graph.nodes if is_op(node, aten.ones_like.default)]:
-            _forget_what_it_is_like(module.graph, ones)
+    for ones in [node for node in module.graph.nodes if is_op(node, aten.ones_like.default)]:
+        _forget_what_it_is_like(module.graph, ones)
     finish(module)
-    return [f"row losses: {len(nodes)} of one number a token"] if nodes else []
+    return [f"row losses: {len(nodes)} of one number a token"]
 
 
 def applies(module: torch.fx.GraphModule) -> bool:
