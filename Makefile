@@ -22,7 +22,7 @@ test: setup
 	$(PY) -m pytest -n 2 -m "not slow"
 
 test-all: setup
-	$(PY) -m pytest -n 2
+	$(PY) -m pytest -n 2 --hypothesis-profile=explore
 
 check: setup
 	$(VENV)/bin/ruff check .

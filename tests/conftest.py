@@ -8,7 +8,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True)  # `make test` is green or red for what changed, not by chance
+hypothesis.settings.register_profile("explore", deadline=None)  # `make test-all`
+hypothesis.settings.load_profile("same")
 
 FOLDER = Path(__file__).resolve().parent.parent / "out"
 
