@@ -34,7 +34,8 @@ class Report:
 
     timeline: for every step the bytes live in it: constant, live storages, and during a Run also its new storages,
     discarded copies and workspace. peak_step: the first step that attains peak_bytes (-1: before the first step).
-    stall_us: time that Wait steps added. recomputes: runs beyond each op's first. Bytes moved count whole transfers.
+    stall_us: time that Wait steps added. recomputes: runs beyond each op's first. Bytes moved count whole transfers. away_bytes: of storages that
+    are at home on disk or are ever offloaded, each of which has a place there.
     """
 
     peak_bytes: int
@@ -48,6 +49,7 @@ class Report:
     prefetches: int
     written_bytes: int
     read_bytes: int
+    away_bytes: int = 0
 
 
 def replay(problem: Problem, schedule: Schedule, enforce_budget: bool = True) -> Report:
@@ -104,6 +106,7 @@ class _Machine:
         self.last_rng_op = -1
         self.clock = self.disk_clock = self.stall_us = 0
         self.offloads = self.prefetches = self.written_bytes = self.read_bytes = 0
+        self.away: set[int] = set()  # storages that need a place on disk
         self.timeline: list[int] = []
         self.live_bytes = problem.constant_bytes
         self.start(schedule.resident)
@@ -131,6 +134,7 @@ class _Machine:
                 self.live_bytes += storage.size_bytes
             elif storage.persistent:
                 self.disk[index] = 0
+                self.away.add(index)
 
     def require_storage(self, storage: int) -> None:
         if not 0 <= storage < len(self.problem.storages):
@@ -228,6 +232,7 @@ class _Machine:
             self.fail("transfer-pending", self.name(storage))
         size_bytes = self.problem.storages[storage].size_bytes
         self.disk.pop(storage, None)
+        self.away.add(storage)
         self.writing[storage] = self.transfer(size_bytes, self.problem.write_bytes_per_us)
         self.offloads += 1
         self.written_bytes += size_bytes
@@ -267,6 +272,9 @@ class _Machine:
                 self.fail("missing-op", self.problem.ops[index].name)
         for pending in (*self.writing, *self.reading):
             self.fail("end-in-flight", self.name(pending))
+        limit = self.problem.away_limit_bytes
+        if self.enforce_budget and limit is not None and self.away_bytes() > limit:
+            self.fail("over-away-limit", f"{self.away_bytes()} bytes have a place outside of memory, the limit is {limit}")
         for index, storage in enumerate(self.problem.storages):
             if storage.output and self.live.get(index) != self.final[index]:
                 self.fail("end-output", f"{storage.name} must be live at version {self.final[index]}")
@@ -283,6 +291,9 @@ class _Machine:
         elif storage in self.live or self.disk.get(storage) != self.final[storage]:
             self.fail("end-home", f"{self.name(storage)} must be on disk only, at version {self.final[storage]}")
 
+    def away_bytes(self) -> int:
+        return sum(self.problem.storages[storage].size_bytes for storage in self.away)
+
     def report(self) -> Report:
         return Report(
             peak_bytes=self.peak_bytes,
@@ -296,4 +307,5 @@ class _Machine:
             prefetches=self.prefetches,
             written_bytes=self.written_bytes,
             read_bytes=self.read_bytes,
+            away_bytes=self.away_bytes(),
         )

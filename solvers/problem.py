@@ -79,6 +79,8 @@ class Problem:
     constant_bytes are live throughout. Each transfer takes latency_us + ceil(size / bandwidth), and delays compute by the share
     `interference` of that, rounded down: copying takes a core, or memory bandwidth.
     can_offload=False forbids writes to disk; reading persistent storages whose home is the disk stays possible.
+    away_limit_bytes: where what is not in memory lies may be small too (host memory, for an accelerator): the most bytes of storages that are at
+    home there or are ever offloaded; None is no limit.
     """
 
     ops: tuple[Op, ...]
@@ -90,6 +92,7 @@ class Problem:
     latency_us: int = 50
     interference: float = 0.0
     can_offload: bool = True
+    away_limit_bytes: int | None = None
     name: str = ""
 
     def validate(self) -> None:
@@ -167,6 +170,8 @@ def _validate_numbers(problem: Problem) -> None:
     for field in ("read_bytes_per_us", "write_bytes_per_us"):
         if not getattr(problem, field) > 0:
             raise ProblemError(f"{field} must be positive, not {getattr(problem, field)!r}")
+    if problem.away_limit_bytes is not None and not _is_count(problem.away_limit_bytes):
+        raise ProblemError(f"away_limit_bytes must be None or an integer >= 0, not {problem.away_limit_bytes!r}")
     if not 0 <= problem.interference <= 1:
         raise ProblemError(f"interference must be a share from 0 to 1, not {problem.interference!r}")
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from solvers import anneal
+from solvers.away_limit import fewer_movable, within_limit, without_limit
 from solvers.bounds import roofline_us, working_set
 from solvers.check import Report, ScheduleError, replay
 from solvers.cut_bound import bound_and_moments
@@ -110,6 +111,8 @@ def solve(
     if effort not in EFFORTS:
         raise ValueError(f"effort {effort!r} is unknown: take one of {', '.join(EFFORTS)}")
     problem.validate()
+    if problem.away_limit_bytes is not None:
+        return _solve_limited(problem, effort, time_limit_s, seed, progress)
     deadline = time.monotonic() + time_limit_s
     tables, best = Tables(problem), _Best(problem)
     for hint in hints:
@@ -135,6 +138,24 @@ def solve(
         raise Infeasible(min(smallest_found), *working_set(problem))  # no path was skipped without a schedule
     gap = best.report.time_us / bound - 1 if bound else 0.0
     return Solution(best.schedule, best.report, bound, gap, best.method, exact_bound, order_bound)
+
+
+def _solve_limited(problem: Problem, effort: str, time_limit_s: float, seed: int, progress: Callable[[str], None] | None) -> Solution:
+    """Where what lies outside of memory has a limit too: planned without it, and again with as much of that movable as fits. The bound is that
+    without a limit. Hints are not taken: they may be above it."""
+    free = without_limit(problem)
+    first = solve(free, "fast", time_limit_s, seed, progress=progress)
+    if effort == "fast" and within_limit(problem, first.schedule):
+        return first
+    narrowed = fewer_movable(problem, first.schedule)
+    try:
+        found = solve(narrowed, effort, time_limit_s, seed, progress=progress)
+    except Infeasible as error:
+        raise Infeasible(error.smallest_found_bytes, *working_set(free)) from None
+    pinned = (s for s, info in enumerate(narrowed.storages) if info.persistent and not info.movable)
+    schedule = replace(found.schedule, resident=found.schedule.resident.union(pinned))
+    report, bound = replay(problem, schedule), roofline_us(free) if effort == "fast" else bound_and_moments(free)[0]
+    return Solution(schedule, report, bound, report.time_us / bound - 1 if bound else 0.0, found.method)
 
 
 def smallest(problem: Problem) -> tuple[int, Schedule]:

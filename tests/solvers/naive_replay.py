@@ -128,7 +128,7 @@ def time_us(problem: Problem, schedule: Schedule) -> int:
 
 
 def naive_replay(problem: Problem, schedule: Schedule) -> tuple[int, int]:
-    """(peak bytes, microseconds); raises Broken. The budget is not enforced."""
+    """(peak bytes, microseconds); raises Broken. No limit of bytes is enforced."""
     demand(all(0 <= s < len(problem.storages) and problem.storages[s].persistent for s in schedule.resident))
     log = Log(problem, schedule)
     peak = log.live_bytes()
