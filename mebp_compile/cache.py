@@ -79,6 +79,7 @@ def program_key(step_fn: Callable[..., Any], state: State, options: Options, sig
         [_optimizer(root, optimizer) for root, optimizer in state.optimizers.items()],
         sorted((name, repr(record)) for name, record in (streamed.records if streamed else {}).items()),
         (options.budget_bytes, options.scope, options.baseline_bytes, options.offload_dir is not None, options.numerics, options.grads),
+        options.host_bytes,
         (options.effort, options.time_limit_s, options.solver),
         signature,
         sorted(_own_files()),

@@ -17,9 +17,10 @@ import torch.utils._pytree as pytree
 from mebp_compile import artifacts, cache, codegen, explain, viz
 from mebp_compile.capture import State, Traced, capture, find_state
 from mebp_compile.capture.contract import Contract, contract_of
+from mebp_compile.capture.devices import device_of
 from mebp_compile.capture.optimizers import forget_state, initialise_used, optimizer_state_of
 from mebp_compile.compare import Comparison, compare
-from mebp_compile.config import Budget, Options, as_budget, debug_level, dump_dir
+from mebp_compile.config import Budget, Options, as_budget, debug_level, dump_dir, offload_folder
 from mebp_compile.cost import measure_costs
 from mebp_compile.errors import BudgetInfeasible, LeanError, MebpError, OptionError, StepPoisoned
 from mebp_compile.graph import Graph, Op
@@ -27,6 +28,7 @@ from mebp_compile.lower import drop_gradients, lower
 from mebp_compile.lower.chunks import in_chunks
 from mebp_compile.lower.stream import Record, stream_weights
 from mebp_compile.lower.tables import split_tables
+from mebp_compile.measure.accelerator import accelerator_of
 from mebp_compile.passes import better_tier, run_passes
 from mebp_compile.planning import Plan, build_problem, make_plan
 from mebp_compile.process_budget import checked_baseline_bytes, in_process, left_for_step, own_bytes
@@ -65,21 +67,21 @@ def optimize(
 
     `step_fn` does forward, backward and update in any order; its modules and optimizers are found in its closure or named in `state`. It is
     captured at the first call, or now if `example` gives a batch. `weights` names a scheme for the frozen weights ("int4", "nf4", "int8"), or is
-    a WeightStore that has them; `offload` is a folder on a disk for activations and state. `numerics` is the tier that
-    passes may use: "reassociate" allows the tiled loss. `solver` names a fixed schedule to compare with ("keep_all", "per_layer", "mesp",
-    "recompute_all"). `progress` is told what is going on. With `Budget(..., scope="process")` the step is planned for a lean process: `save`
-    it, and run it with `load_lean` or `mebp run`.
+    a WeightStore that has them; `offload` is a folder on a disk for activations and state; on an accelerator it is "host", the memory that
+    `Budget(device=..., host=...)` bounds. `numerics` is the tier that passes may use: "reassociate" allows the tiled loss. `solver` names a fixed
+    schedule to compare with ("keep_all", "per_layer", "mesp", "recompute_all"). `progress` is told what is going on. With
+    `Budget(..., scope="process")` the step is planned for a lean process: `save` it, and run it with `load_lean` or `mebp run`.
     Raises BudgetError, OptionError, CaptureError, StoreError, and BudgetInfeasible with the smallest budget found.
     """
     if not callable(step_fn):
         raise OptionError(
             f"step_fn is a {type(step_fn).__name__}, not a callable", "pass the function that does forward, backward and update"
         )
-    wanted, folder = as_budget(budget), Path(offload) if offload is not None else None
-    options = Options(wanted.size_bytes, folder, numerics, grads, effort, time_limit_s, cache, solver, wanted.scope)
+    wanted, found = as_budget(budget), find_state(step_fn, state)
+    folder = offload_folder(offload, wanted, device_of(found), weights is not None)
+    options = Options(wanted.size_bytes, folder, numerics, grads, effort, time_limit_s, cache, solver, wanted.scope, host_bytes=wanted.host_bytes)
     if wanted.scope == "process":
         options = replace(options, baseline_bytes=checked_baseline_bytes(wanted.size_bytes))
-    found = find_state(step_fn, state)
     step = CompiledStep(step_fn, found, options, bind_weights(found, weights, options.offload_dir), progress)
     if example is not None:
         try:
@@ -107,8 +109,8 @@ def build(
     records = streamed.records if streamed else {}
     tell("capturing the step")
     traced = capture(step_fn, state, *batch)
-    higher = better_tier(traced.module, options.numerics)
-    for note in run_passes(traced.module, options.numerics):
+    higher = better_tier(traced.module, options.numerics, traced.device)
+    for note in run_passes(traced.module, options.numerics, traced.device):
         tell(note)
     graph, saves = _lowered(traced, options)
     if options.offload_dir is not None:
@@ -128,7 +130,7 @@ def _planned_best(
     for again in (False, True):
         if again and found and found[1].time_us <= SLOW * found[1].keep_all_time_us:
             break
-        blocks = in_chunks(graph, options.numerics == "exact", again, tell)
+        blocks = graph if graph.device else in_chunks(graph, options.numerics == "exact", again, tell)
         if blocks.ops in tried:
             break
         tried.append(blocks.ops)
@@ -148,7 +150,7 @@ def _planned(graph: Graph, options: Options, records: dict[str, Record], advice:
     """Weights streamed, costs measured, solved: the final graph and its plan. A refusal carries the graph."""
     costs, graph = measure_costs(stream_weights(graph, records), options, records, tell)
     own = own_bytes(options, graph, costs.kernel_bytes)
-    problem = build_problem(graph, costs, left_for_step(options, own), options.offload_dir is not None)
+    problem = build_problem(graph, costs, left_for_step(options, own), options.offloads, host_bytes=options.host_bytes)
     tell(f"solving for {len(graph.ops):,} ops on {len(graph.storages):,} storages")
     try:
         return graph, make_plan(graph, problem, options.effort, options.time_limit_s, advice=advice, tell=tell, solver=options.solver)
@@ -192,7 +194,9 @@ class CompiledStep:
         self.poisoned = ""
         self.dumped = 0
         self.foreseen: dict[Any, cache.Found] = {}
-        self.homes = Homes(state, options.offload_dir) if options.offload_dir is not None else None
+        self.accelerator = accelerator_of(device_of(state))
+        place = self.accelerator if options.host_bytes is not None else options.offload_dir
+        self.homes = Homes(state, place) if place is not None else None
         self.ignored_gradients: frozenset[str] = frozenset()
 
     def __call__(self, *batch: Any, **kwargs: Any) -> Any:
@@ -253,7 +257,7 @@ class CompiledStep:
         program = next((program for program in known if program.applies(leaves)), None)
         if program is None:
             contract, graph, solved, code = self._planned_with_next(batch, kwargs)
-            engine = make_engine(graph, solved, self.state, contract, self.options, self.streamed, self.homes)
+            engine = make_engine(graph, solved, self.state, contract, self.options, self.streamed, self.homes, self.accelerator)
             program = Program(contract, graph, solved, code, engine, load(code)[0])
             self.programs.setdefault(self._signature(batch, kwargs), []).append(program)
         self.current = program

@@ -25,16 +25,47 @@ class Budget:
     """How much memory, and whose. scope "step": everything that the step needs, above the process as it is without it. scope "process": all
     anonymous memory of the lean process that runs the saved step, interpreter and torch included.
 
-    `size_bytes`: bytes, or text with a unit, which becomes bytes. Raises BudgetError, OptionError.
+    For a step on an accelerator `Budget(device="4GB", host="8GB")`: memory of the accelerator, and pinned memory of the host for what leaves it.
+    `size_bytes`, `host_bytes`: bytes, or text with a unit, which becomes bytes. Raises BudgetError, OptionError.
     """
 
     size_bytes: int
     scope: str = "step"
+    host_bytes: int | None = None
 
-    def __init__(self, size: int | float | str, scope: str = "step") -> None:
-        object.__setattr__(self, "size_bytes", parse_budget(size))
+    def __init__(
+        self,
+        size: int | float | str | None = None,
+        scope: str = "step",
+        *,
+        device: int | float | str | None = None,
+        host: int | float | str | None = None,
+    ) -> None:
+        given = [each for each in (size, device) if each is not None]
+        if len(given) != 1:
+            raise BudgetError(f"a budget of {size!r} and, on the device, {device!r}", 'give one of them: Budget("4GB") or Budget(device="4GB")')
+        object.__setattr__(self, "size_bytes", parse_budget(given[0]))
         object.__setattr__(self, "scope", scope)
+        object.__setattr__(self, "host_bytes", None if host is None else parse_budget(host))
         _one_of("scope", scope, SCOPES)
+        if scope == "process" and (device is not None or host is not None):
+            raise OptionError('scope="process" counts one process on the CPU', "leave device and host out")
+
+
+def offload_folder(offload: str | Path | None, budget: Budget, device: str, weights: bool) -> Path | None:
+    """The folder on a disk for what leaves memory, if there is one: from an accelerator's memory it goes to the host's, which the budget bounds.
+    device: the accelerator of the step; nothing for the CPU. weights: frozen ones are packed, and lie outside of memory. Raises OptionError.
+    """
+    to_host = offload == "host" or budget.host_bytes is not None
+    if not device and to_host:
+        raise OptionError("a host's memory is beside an accelerator's, and the step's parameters are on the CPU", "give a folder on a disk")
+    if device and budget.scope == "process":
+        raise OptionError(f"a process budget counts memory of the CPU, and the step runs on {device}", "Budget(device=..., host=...)")
+    if device and offload not in (None, "host"):
+        raise OptionError(f"a step on {device} offloads to the host's memory, not to a folder", 'offload="host", Budget(device=..., host=...)')
+    if device and budget.host_bytes is None and (to_host or weights):
+        raise OptionError(f"what a step on {device} keeps in host memory needs a limit", 'budget=Budget(device="4GB", host="8GB")')
+    return None if offload is None or to_host else Path(offload)
 
 
 def as_budget(budget: int | float | str | Budget) -> Budget:
@@ -74,6 +105,12 @@ class Options:
     solver: str | None = None
     scope: str = "step"
     baseline_bytes: int = 0
+    host_bytes: int | None = None  # of pinned memory beside an accelerator, where the step may offload to it
+
+    @property
+    def offloads(self) -> bool:
+        """Whether storages may leave memory: for a disk, or for the host's."""
+        return self.offload_dir is not None or self.host_bytes is not None
 
     @property
     def process_bytes(self) -> int | None:
@@ -87,8 +124,6 @@ class Options:
         _one_of("effort", self.effort, ("fast", "balanced", "proof"))
         if self.solver is not None:
             _one_of("solver", self.solver, SOLVERS)
-        if str(self.offload_dir) == "host":
-            raise OptionError('offload="host" needs an accelerator, and this version runs on the CPU', "give a folder on a disk")
         if not (math.isfinite(self.time_limit_s) and self.time_limit_s > 0):
             raise OptionError(f"the solver's time limit is {self.time_limit_s!r} seconds", "give a positive number of seconds")
 

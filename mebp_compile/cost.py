@@ -23,9 +23,11 @@ from mebp_compile.chunk_check import block_checks, proven
 from mebp_compile.chunk_cost import Requests, chunk_requests, price_chunks, touched_bytes
 from mebp_compile.config import Options, cache_dir
 from mebp_compile.errors import CacheError
-from mebp_compile.graph import CHUNKS, Arg, Const, Graph, LoopChoice, Op, Ref, Value, inputs_of
+from mebp_compile.graph import CHUNKS, Arg, Const, Graph, LoopChoice, Op, Ref, inputs_of
 from mebp_compile.loop_cost import TileRequests, dequantise_request, loop_requests, price_loop
 from mebp_compile.lower.stream import Record
+from mebp_compile.measure.accelerator import accelerator_of
+from mebp_compile.measure.device_ops import measure_link
 from mebp_compile.measure.disk import measure_disk
 from mebp_compile.measure.interference import measure_interference
 from mebp_compile.measure.ops import measure_ops
@@ -50,8 +52,11 @@ FILLED_LIKE = {"bool": "mask", "uint8": "index:16", "int64": "index:2", "int32":
 def measure_costs(
     graph: Graph, options: Options, records: dict[str, Record] | None = None, progress: Progress = None
 ) -> tuple[Costs, Graph]:
-    """Measured costs by op name, and the graph with each Loop's menu priced and reduced to the tilings proven bit-equal here."""
-    table = CostTable()
+    """Measured costs by op name, and the graph with each Loop's menu priced and reduced to the tilings proven bit-equal here; on an accelerator,
+    where none is proven, without menus."""
+    table = CostTable(graph.device)
+    if graph.device:
+        graph = replace(graph, ops=tuple(replace(op, menu=(), body=None) if op.menu else op for op in graph.ops))
     wanted = {op.name: _request(graph, op, records or {}) for op in graph.ops if op.target != CHUNKS}
     loops = {op.name: loop_requests(graph, op, records or {}) for op in graph.ops if op.menu and op.target != CHUNKS}
     ask = _asking(graph, records or {})
@@ -66,7 +71,7 @@ def measure_costs(
     for op in (op for op in graph.ops if op.name in regions):
         whole = _priced_blocks(op, LoopChoice(1, op.reads), regions[op.name], results)
         costs[op.name] = OpCost(whole.time_us, whole.workspace_bytes)
-    disk = table.disk(options.offload_dir) if options.offload_dir is not None else None
+    disk = table.disk(options.offload_dir) if options.offload_dir is not None else table.link() if options.host_bytes is not None else None
     read_speed = disk["read"] if disk else LOOP_BYTES_PER_US
     ops = tuple(replace(op, menu=_priced(graph, op, loops[op.name], results, read_speed)) if op.name in loops else op for op in graph.ops)
     ops = tuple(
@@ -106,7 +111,7 @@ def _request(graph: Graph, op: Op, records: dict[str, Record]) -> Json | None:
     if op.target.startswith("py.") or op.target == "aten._local_scalar_dense.default":
         return None
     if op.target == "run.dequantise":
-        return _dequantise_request(graph, op, records)
+        return _placed(_dequantise_request(graph, op, records), graph.device)
     if op.target in ("run.embedding", "run.table_rows"):
         return None
     request: Json = {
@@ -116,8 +121,21 @@ def _request(graph: Graph, op: Op, records: dict[str, Record]) -> Json | None:
         "between_bytes": BETWEEN_BYTES,
     }
     if op.out and op.out_target.startswith(("aten.", "mebp.")):
-        request |= {"target": op.out_target, "out": [_tensor(graph.value[name or ""]) for name in op.outputs], "out_names": list(op.out)}
-    return request
+        request |= {"target": op.out_target, "out": [_tensor(graph, name or "") for name in op.outputs], "out_names": list(op.out)}
+    return _placed(request, graph.device)
+
+
+def _placed(request: Json, device: str) -> Json:
+    """The request with its tensors on the step's device, but for those that say where they are."""
+
+    def placed(part: Any) -> Any:
+        if isinstance(part, list):
+            return [placed(each) for each in part]
+        if isinstance(part, dict) and "tensor" in part:
+            return {"tensor": {"device": device, **part["tensor"]}}
+        return {key: placed(each) for key, each in part.items()} if isinstance(part, dict) else part
+
+    return {**placed(request), "device": device} if device else request
 
 
 def _asking(graph: Graph, records: dict[str, Record]) -> Callable[[Graph, Op], Json | None]:
@@ -133,8 +151,7 @@ def _dequantise_request(graph: Graph, op: Op, records: dict[str, Record]) -> Jso
 
 def _encode(graph: Graph, arg: Arg) -> Any:
     if isinstance(arg, Ref):
-        value = graph.value[arg.name]
-        return 0.5 if value.dtype == "number" else _tensor(value)
+        return 0.5 if graph.value[arg.name].dtype == "number" else _tensor(graph, arg.name)
     if isinstance(arg, Const):
         return {arg.kind: arg.name}
     if isinstance(arg, tuple):
@@ -142,9 +159,11 @@ def _encode(graph: Graph, arg: Arg) -> Any:
     return arg
 
 
-def _tensor(value: Value) -> Json:
+def _tensor(graph: Graph, name: str) -> Json:
+    value = graph.value[name]
     spec = {"shape": list(value.shape), "stride": list(value.stride), "dtype": value.dtype}
-    return {"tensor": {**spec, "fill": FILLED_LIKE.get(value.dtype, "normal")}}
+    where = {"device": "cpu"} if graph.storages and graph.storages[value.storage].on_host else {}
+    return {"tensor": {**spec, "fill": FILLED_LIKE.get(value.dtype, "normal"), **where}}
 
 
 # --- what comes back ---
@@ -214,10 +233,12 @@ def _priced_blocks(op: Op, choice: LoopChoice, requests: dict[int, Requests], re
 # --- the cache ---
 
 
-def fingerprint() -> Json:
-    """All that a measured time depends on."""
+def fingerprint(device: str = "") -> Json:
+    """All that a measured time depends on. device: the accelerator; nothing for the CPU."""
     model = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-    return {"cpu": model, "cores": os.cpu_count(), "torch": torch.__version__, "threads": torch.get_num_threads(), "kernels": _kernels(), "format": 6}
+    own = {"cpu": model, "cores": os.cpu_count(), "torch": torch.__version__, "threads": torch.get_num_threads(), "kernels": _kernels(), "format": 6}
+    accelerator = accelerator_of(device)
+    return own if accelerator is None else own | {"device": accelerator.name}
 
 
 def _kernels() -> list[bool]:
@@ -268,10 +289,11 @@ def _disk_speeds(folder: Path) -> Json:
 
 
 class CostTable:
-    """Measured results by request, kept in one JSON file a machine."""
+    """Measured results by request, kept in one JSON file a machine, and one for each kind of accelerator."""
 
-    def __init__(self) -> None:
-        name = hashlib.sha256(json.dumps(fingerprint(), sort_keys=True).encode()).hexdigest()[:12]
+    def __init__(self, device: str = "") -> None:
+        self.device = device
+        name = hashlib.sha256(json.dumps(fingerprint(device), sort_keys=True).encode()).hexdigest()[:12]
         self.path = cache_dir() / f"costs-{name}.json"
         self.known: dict[str, Json] = self._load()
 
@@ -307,6 +329,12 @@ class CostTable:
         speeds = self.remember(f"disk:{os.stat(folder).st_dev}" if folder.exists() else f"disk:{folder}", lambda: _disk_speeds(folder))
         return speeds["cached" if available_memory_bytes() >= CACHE_BYTES else "cold"]  # type: ignore[no-any-return]
 
+    def link(self) -> Json:
+        """The same of copies between an accelerator and its host's memory."""
+        accelerator = accelerator_of(self.device)
+        assert accelerator is not None
+        return self.remember("link", lambda: measure_link(accelerator))
+
     def remember(self, key: str, measure: Callable[[], Json]) -> Json:
         """What `measure` gave when it was first asked for on this machine."""
         if key not in self.known:
@@ -317,7 +345,7 @@ class CostTable:
     def _save(self) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self.path, json.dumps({"machine": fingerprint(), "results": self.known}))
+            write_whole(self.path, json.dumps({"machine": fingerprint(self.device), "results": self.known}))
         except OSError as error:
             message = f"the cost table {self.path} can't be written: {error}"
             raise CacheError(message, "set MEBP_CACHE to a folder that can be written") from error

@@ -44,12 +44,14 @@ Arg = Any  # Ref | Const | None | bool | int | float | str | tuple[Arg, ...]
 
 @dataclass(frozen=True)
 class Storage:
-    """One allocation. `source` is how the runtime finds a persistent one, e.g. "model.layers.0.mlp.up_proj.weight"."""
+    """One allocation. `source` is how the runtime finds a persistent one, e.g. "model.layers.0.mlp.up_proj.weight". on_host: in the memory of the
+    CPU beside an accelerator that the step runs on, such as the number of an optimizer's steps."""
 
     name: str
     size_bytes: int
     role: str
     source: str = ""
+    on_host: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ class Guard:
 
 @dataclass(frozen=True)
 class Graph:
-    """A whole step. `results` says what becomes of the values that outlive it: (path, value name), e.g. ("return.0", "nll_loss_1")."""
+    """A whole step. `results` says what becomes of the values that outlive it: (path, value name), e.g. ("return.0", "nll_loss_1").
+    `device`: the accelerator that it runs on, e.g. "cuda:0"; nothing for the CPU."""
 
     name: str
     storages: tuple[Storage, ...]
@@ -124,6 +127,7 @@ class Graph:
     views: tuple[Op, ...]
     inputs: tuple[str, ...]
     results: tuple[tuple[str, str], ...]
+    device: str = ""
 
     @cached_property
     def value(self) -> dict[str, Value]:
@@ -291,10 +295,15 @@ def _encode(item: Any) -> Any:
     if isinstance(item, float):
         return {"float": item.hex()}
     if isinstance(item, (Graph, Op, Storage, Value, LoopChoice)):
-        return {key: _encode(getattr(item, key)) for key in item.__dataclass_fields__ if getattr(item, key) not in ("", (), None)}
+        return {key: _encode(getattr(item, key)) for key in item.__dataclass_fields__ if not _is_default(item, key)}
     if isinstance(item, (tuple, list)):
         return [_encode(part) for part in item]
     return item
+
+
+def _is_default(item: Any, key: str) -> bool:
+    value = getattr(item, key)
+    return value in ("", (), None) or (key == "on_host" and not value)
 
 
 def _decode(item: Any) -> Arg:
@@ -318,6 +327,7 @@ def _graph(data: dict[str, Any]) -> Graph:
         views=tuple(_op(op) for op in data.get("views", [])),
         inputs=tuple(data.get("inputs", [])),
         results=tuple((path, name) for path, name in data.get("results", [])),
+        device=data.get("device", ""),
     )
 
 

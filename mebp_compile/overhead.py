@@ -22,11 +22,15 @@ STEP_BYTES = 16384  # of Python's own: frames, results, hyper-parameters
 MAPPED_BYTES = 128 << 10
 PAGE_BYTES = 4096
 FRESH_BYTES = 4 << 20  # blocks from here on malloc maps and gives back at once where the budget is tight, see `planning.is_tight`
+DEVICE_BLOCK_BYTES = 512  # an accelerator's allocator gives multiples of this
 FAULT_US_PER_BYTE = 4e-4  # of a fresh page: 0.5 s of system time for 300,000 pages of 4 KiB
 
 
-def allocated_bytes(size_bytes: int) -> int:
-    """What malloc takes for a tensor of `size_bytes`, at most, its objects included."""
+def allocated_bytes(size_bytes: int, device: str = "") -> int:
+    """What malloc takes for a tensor of `size_bytes`, at most, its objects included; on an accelerator, whose memory has no objects in it, what its
+    allocator takes."""
+    if device:
+        return -(-size_bytes // DEVICE_BLOCK_BYTES) * DEVICE_BLOCK_BYTES
     if size_bytes < MAPPED_BYTES:
         return size_bytes + TENSOR_BYTES
     return -(-(size_bytes + 64) // PAGE_BYTES) * PAGE_BYTES + TENSOR_BYTES
@@ -39,7 +43,10 @@ def fault_us(size_bytes: int) -> float:
 
 def charged_sizes(graph: Graph, moved: Collection[int]) -> tuple[int, ...]:
     """Bytes charged for each storage: with its overhead if a step allocates it, as it is if it exists before the step (unless it is in
-    `moved`, so that a step may read it into memory of its own) or holds a plain number."""
+    `moved`, so that a step may read it into memory of its own) or holds a plain number. Beside an accelerator numbers on the host are free."""
+    if graph.device:
+        sizes = (0 if storage.on_host else storage.size_bytes for storage in graph.storages)
+        return tuple(allocated_bytes(size_bytes, graph.device) for size_bytes in sizes)
     views = [-1] * len(graph.storages)
     for value in graph.values:
         views[value.storage] += 1
@@ -53,6 +60,8 @@ def charged_sizes(graph: Graph, moved: Collection[int]) -> tuple[int, ...]:
 
 def constant_overhead(graph: Graph) -> int:
     """What a step needs throughout: a tensor object for each value of what exists before it, and saved generator states for draws that
-    may run again."""
+    may run again. All of it is on the host."""
+    if graph.device:
+        return 0
     outside = sum(1 for value in graph.values if graph.storages[value.storage].role in PERSISTENT)
     return STEP_BYTES + VIEW_BYTES * outside + RNG_STATE_BYTES * sum(op.rng for op in graph.ops)

@@ -49,6 +49,12 @@ class Life:
     size_bytes: int
     fits_arena: bool
     charged_bytes: int
+    device: str = ""
+
+    @property
+    def outside_bytes(self) -> int:
+        """What the allocator takes for it where it has no place in the arena."""
+        return allocated_bytes(self.size_bytes, self.device)
 
 
 def lives(graph: Graph, problem: Problem, schedule: Schedule) -> list[Life]:
@@ -61,7 +67,8 @@ def lives(graph: Graph, problem: Problem, schedule: Schedule) -> list[Life]:
 
     def life(storage: int, start: int, end: int, fits: bool) -> Life:
         charged_bytes = problem.storages[storage].size_bytes
-        return Life(storage, start, end, min(charged_bytes, graph.storages[storage].size_bytes), fits, charged_bytes)
+        size_bytes, fits = graph.storages[storage].size_bytes, fits and not graph.storages[storage].on_host
+        return Life(storage, start, end, min(charged_bytes, size_bytes), fits, charged_bytes, graph.device)
 
     for number, step in enumerate(schedule.steps):
         if isinstance(step, Run):
@@ -85,7 +92,7 @@ def place_under(graph: Graph, problem: Problem, schedule: Schedule) -> Placement
     eligible = [life for life in every if life.fits_arena and life.size_bytes >= SMALLEST_BYTES]
     chosen = set(map(id, eligible))
     fixed = _profile([life for life in every if id(life) not in chosen], steps) + workspace_profile(problem, schedule) + problem.constant_bytes
-    fixed += _profile([replace(life, charged_bytes=life.charged_bytes - allocated_bytes(life.size_bytes)) for life in eligible], steps)
+    fixed += _profile([replace(life, charged_bytes=life.charged_bytes - life.outside_bytes) for life in eligible], steps)
     best, work = pack_columns(eligible, problem.budget_bytes - fixed), Work(WORK)
     for arena_bytes in _arena_sizes(eligible, problem.budget_bytes - int(fixed.max(initial=0)), steps):
         if work.left <= 0 or best.bytes >= sum(life.size_bytes for life in eligible if life.size_bytes <= arena_bytes):
@@ -130,7 +137,7 @@ def _arena_sizes(eligible: list[Life], most_bytes: int, steps: int) -> list[int]
 def pack_columns(eligible: list[Life], room: Ints) -> Packed:
     """Columns of lives, and in the holes that they leave whatever else fits. The same `room` as for `pack`; never above it."""
     sizes = np.array([life.size_bytes for life in eligible], np.int64)
-    allocated = np.array([allocated_bytes(life.size_bytes) for life in eligible], np.int64)
+    allocated = np.array([life.outside_bytes for life in eligible], np.int64)
     starts, ends = (np.array([getattr(life, name) for life in eligible], np.int64) for name in ("start", "end"))
     found = columns(Lives(starts, ends, sizes, allocated - sizes), room - _allocated(eligible, len(room)), ALIGN, WORK)
     arena = Arena(sum(column.width for column in found), len(eligible))
@@ -186,12 +193,12 @@ class Spare:
         self.left = bytes_by_step
 
     def has(self, life: Life) -> bool:
-        return int(self.left[max(0, life.start) : life.end].min(initial=1 << 62)) >= allocated_bytes(life.size_bytes)
+        return int(self.left[max(0, life.start) : life.end].min(initial=1 << 62)) >= life.outside_bytes
 
     def take(self, life: Life) -> bool:
         if not self.has(life):
             return False
-        self.left[max(0, life.start) : life.end] -= allocated_bytes(life.size_bytes)
+        self.left[max(0, life.start) : life.end] -= life.outside_bytes
         return True
 
 
@@ -242,7 +249,7 @@ def _aligned(offset: int) -> int:
 
 def _allocated(some: list[Life], steps: int) -> Ints:
     """What the allocator takes for the lives at every step."""
-    return _profile([replace(life, charged_bytes=allocated_bytes(life.size_bytes)) for life in some], steps)
+    return _profile([replace(life, charged_bytes=life.outside_bytes) for life in some], steps)
 
 
 def _profile(some: list[Life], steps: int) -> Ints:

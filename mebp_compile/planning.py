@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 
 import solvers
 from mebp_compile.config import format_bytes
-from mebp_compile.errors import BudgetInfeasible, GraphError
+from mebp_compile.errors import BudgetError, BudgetInfeasible, GraphError
 from mebp_compile.graph import CHUNKS, PERSISTENT, Graph, Op, Value
+from mebp_compile.nondeterministic import same_again
 from mebp_compile.overhead import charged_sizes, constant_overhead, fault_us
 from mebp_compile.place import Placement, lives, place_under
 from solvers import Problem, Report, Schedule, Solution, baselines
@@ -85,9 +86,16 @@ class Plan:
 
 
 def build_problem(
-    graph: Graph, costs: Costs, budget_bytes: int, offload: bool, grads: str = "keep", movable: Sequence[str] = MOVABLE
+    graph: Graph,
+    costs: Costs,
+    budget_bytes: int,
+    offload: bool,
+    grads: str = "keep",
+    movable: Sequence[str] = MOVABLE,
+    host_bytes: int | None = None,
 ) -> Problem:
-    """The scheduling problem of a graph, in its order: every storage with the bytes charged for it (`overhead`), every op with its cost."""
+    """The scheduling problem of a graph, in its order: every storage with the bytes charged for it (`overhead`), every op with its cost.
+    host_bytes: of an accelerator's host, for what leaves its memory."""
     outputs = {graph.storage_of(name) for path, name in graph.results if grads == "keep" or not path.startswith("gradient:")}
     may_leave = homes(graph, offload, grads, movable)
     charged = charged_sizes(graph, may_leave)
@@ -96,7 +104,7 @@ def build_problem(
             storage.name,
             charged[index],
             persistent=storage.role in PERSISTENT,
-            movable=index in may_leave if storage.role in PERSISTENT else storage.size_bytes > 0 and offload,
+            movable=index in may_leave if storage.role in PERSISTENT else storage.size_bytes > 0 and offload and not storage.on_host,
             output=index in outputs and storage.role not in PERSISTENT,
         )
         for index, storage in enumerate(graph.storages)
@@ -107,7 +115,7 @@ def build_problem(
         for index, storage in enumerate(storages)
     )
     problem = Problem(
-        ops=tuple(_op(op, costs.ops.get(op.name, OpCost(1))) for op in graph.ops),
+        ops=tuple(_op(op, costs.ops.get(op.name, OpCost(1)), graph.device) for op in graph.ops),
         storages=storages,
         budget_bytes=budget_bytes,
         constant_bytes=constant_overhead(graph),
@@ -116,6 +124,7 @@ def build_problem(
         latency_us=costs.latency_us,
         interference=costs.interference,
         can_offload=offload,
+        away_limit_bytes=host_bytes,
         name=graph.name,
     )
     problem.validate()
@@ -145,7 +154,7 @@ def homes(graph: Graph, offload: bool, grads: str = "keep", roles: Sequence[str]
         if storage.role == "weight" and "weight" in roles and storage.size_bytes > 0:
             chosen.add(index)
         kind, _, name = storage.source.partition(":")
-        if not offload or storage.role not in roles or kind not in ("parameter", "optimizer") or index in results:
+        if not offload or storage.on_host or storage.role not in roles or kind not in ("parameter", "optimizer") or index in results:
             continue
         alone = len(holders.get(index, ())) == 1 and _fills(graph.value[holders[index][0]], storage.size_bytes)
         if alone and storage.size_bytes >= SMALLEST_HOME_BYTES and not (kind == "parameter" and f"gradient:{name}" in gradients):
@@ -164,13 +173,13 @@ def _fills(value: Value, size_bytes: int) -> bool:
     return value.offset == 0 and expected * (int(digits) // 8 if digits else 1) == size_bytes
 
 
-def _op(op: Op, cost: OpCost) -> solvers.Op:
+def _op(op: Op, cost: OpCost, device: str) -> solvers.Op:
     plain = solvers.Choice(op.reads, cost.workspace_bytes, max(1, cost.time_us))
     loops = tuple(
         solvers.Choice(choice.reads, choice.workspace_bytes, max(1, choice.time_us), choice.trips, choice.disk_bytes) for choice in op.menu
     )
     optional = op.target == "run.dequantise"  # its readers may all take choices that read the packed weight
-    again = op.target != "run.table_rows"  # reads what lies on disk as it was before the step
+    again = same_again(op.target, device) and op.target != "run.table_rows"  # which reads what lies on disk as it was before the step
     return solvers.Op(op.name, (plain, *loops), op.creates, op.writes, op.rng, again, op.phase, op.module, optional)
 
 
@@ -224,6 +233,11 @@ def _fixed(problem: Problem, solver: str) -> solvers.Solution:
     report = solvers.replay(problem, schedule, enforce_budget=False)
     if report.peak_bytes > problem.budget_bytes:
         raise solvers.Infeasible(report.peak_bytes, *working_set(problem))
+    if problem.away_limit_bytes is not None and report.away_bytes > problem.away_limit_bytes:
+        raise BudgetError(
+            f'solver="{solver}" keeps {report.away_bytes:,} bytes in host memory, the budget has {problem.away_limit_bytes:,} there',
+            f"Budget(device=..., host={report.away_bytes}), or leave solver out",
+        )
     bound = roofline_us(problem)
     return solvers.Solution(schedule, report, bound, report.time_us / bound - 1 if bound else 0.0, solver)
 
@@ -240,7 +254,7 @@ def is_tight(problem: Problem, placement: Placement) -> bool:
 def faults_us(graph: Graph, problem: Problem, schedule: Schedule, placement: Placement) -> int:
     """What fresh pages take in a step: those of large storages that the arena has no place for, where the budget is tight. (Those of a Loop's
     tiles are in its price.)"""
-    if not is_tight(problem, placement):
+    if graph.device or not is_tight(problem, placement):
         return 0
     outside = (life for life in lives(graph, problem, schedule) if life.start >= 0 and (life.start, life.storage) not in placement.offsets)
     return int(sum(fault_us(life.size_bytes) for life in outside))

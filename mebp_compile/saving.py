@@ -77,7 +77,7 @@ def _lean(folder: Path, subject: Subject) -> dict[str, Any]:
         raise LeanError(f"a call failed in mid-step before it was saved ({subject.poisoned})", "load a checkpoint, optimize again and save that")
     _check_next_call(subject)
     contract = _contract_text(program.contract)
-    binding = binding_of(program.graph, program.plan, options.offload_dir is not None)
+    binding = binding_of(program.graph, program.plan, options.offloads, options.host_bytes is not None)
     if any("#" in source for source in binding.sources.values()):
         raise LeanError("its table lies in blocks of rows, which a lean process does not know yet", "plan it with a budget that holds the table")
     names = parameter_names(subject.state)

@@ -45,8 +45,8 @@ def fake_construction(mode: FakeTensorMode) -> contextlib.AbstractContextManager
     return mode
 
 
-def fake_tensor(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
-    """A fake of a real tensor (sharing storage as the real ones do), or a CPU fake of a meta tensor."""
+def fake_tensor(mode: FakeTensorMode, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A fake of a real tensor (sharing storage as the real ones do), or one on `device` of a meta tensor."""
     if tensor.device.type != "meta":
         grad = tensor.grad if tensor.is_leaf else None
         try:
@@ -56,14 +56,14 @@ def fake_tensor(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
         finally:
             if grad is not None:
                 tensor.grad = grad
-    fake = FakeTensor(mode, tensor.detach(), torch.device("cpu"))
+    fake = FakeTensor(mode, tensor.detach(), device)
     return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
 
 def dense_fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
     """A fake with the geometry of a real tensor and a storage of its own that is no larger than it needs."""
     with mode:
-        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
     return fake.requires_grad_(tensor.requires_grad) if tensor.requires_grad else fake
 
 

@@ -144,7 +144,11 @@ def _solve_limited(problem: Problem, effort: str, time_limit_s: float, seed: int
     """Where what lies outside of memory has a limit too: planned without it, and again with as much of that movable as fits. The bound is that
     without a limit. Hints are not taken: they may be above it."""
     free = without_limit(problem)
-    first = solve(free, "fast", time_limit_s, seed, progress=progress)
+    try:
+        first = solve(free, "fast", time_limit_s, seed, progress=progress)
+    except Infeasible:
+        narrowed = fewer_movable(problem, smallest(free)[1])
+        raise Infeasible(smallest(narrowed)[0], *working_set(free)) from None
     if effort == "fast" and within_limit(problem, first.schedule):
         return first
     narrowed = fewer_movable(problem, first.schedule)

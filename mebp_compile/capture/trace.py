@@ -15,6 +15,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from mebp_compile import torch_private
+from mebp_compile.capture import devices
 from mebp_compile.capture.facts import tensor_places
 from mebp_compile.capture.find import State
 from mebp_compile.capture.hyper import HyperTable, followed_math, live_groups, stand_in
@@ -35,7 +36,8 @@ class Input:
 class Traced:
     """The raw trace: the graph, its inputs in placeholder order, and what its outputs are, in order.
 
-    held: for each constant of the graph that is a tensor of the user's own, the place that holds it; it is read there at each call.
+    held: for each constant of the graph that is a tensor of the user's own, the place that holds it; it is read there at each call. device: the
+    accelerator that the step runs on; nothing for the CPU.
     """
 
     module: torch.fx.GraphModule
@@ -49,6 +51,7 @@ class Traced:
     cleared: tuple[str, ...] = ()
     gradients_given: tuple[str, ...] = ()
     held: dict[str, str] = field(default_factory=dict)
+    device: str = ""
 
 
 def collect_inputs(state: State, batch: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Input]:
@@ -88,9 +91,9 @@ def _optimizer_inputs(root: str, optimizer: torch.optim.Optimizer, names: dict[i
 def trace_step(step_fn: Callable[..., Any], state: State, batch: tuple[Any, ...], kwargs: dict[str, Any], salt: str = "") -> Traced:
     """One fx graph of `step_fn(*batch, **kwargs)`; `salt` chooses the stand-ins of hyper-parameters."""
     inputs = collect_inputs(state, batch, kwargs)
-    mode = torch_private.fake_mode()
+    mode, device = torch_private.fake_mode(), devices.common_device(item.tensor for item in inputs)
     with torch_private.fake_construction(mode):
-        fakes = _fakes(inputs, mode)
+        fakes = _fakes(inputs, mode, devices.torch_device(device))
     hyper = HyperTable(salt)
     run = _Run(step_fn, state, batch, kwargs, inputs, hyper)
     with contextlib.ExitStack() as stack:
@@ -101,7 +104,8 @@ def trace_step(step_fn: Callable[..., Any], state: State, batch: tuple[Any, ...]
         module = torch_private.make_fx(run, fakes)
     given = tuple(item.source.split(":", 1)[1] for item in inputs if item.role == "gradient")
     held = _held_constants(module, state)
-    return Traced(module, inputs, run.results, run.spec, run.constants, run.hypers, hyper, run.predicates, tuple(run.cleared), given, held)
+    seen = (tuple(run.cleared), given, held, device)
+    return Traced(module, inputs, run.results, run.spec, run.constants, run.hypers, hyper, run.predicates, *seen)
 
 
 def _held_constants(module: torch.fx.GraphModule, state: State) -> dict[str, str]:
@@ -129,12 +133,12 @@ def _held_constants(module: torch.fx.GraphModule, state: State) -> dict[str, str
     return held
 
 
-def _fakes(inputs: list[Input], mode: Any) -> list[torch.Tensor]:
+def _fakes(inputs: list[Input], mode: Any, device: torch.device) -> list[torch.Tensor]:
     """A fake for each input. State that shares a storage (views, ties) gives fakes that share one; each batch tensor has one of its own,
     since what it shares memory with (a whole data set, the same tokens passed as labels) may differ at each call.
     """
     return [
-        torch_private.dense_fake(mode, item.tensor) if item.role == "batch" else torch_private.fake_tensor(mode, item.tensor)
+        torch_private.dense_fake(mode, item.tensor) if item.role == "batch" else torch_private.fake_tensor(mode, item.tensor, device)
         for item in inputs
     ]
 

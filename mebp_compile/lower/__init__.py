@@ -13,6 +13,7 @@ import torch
 
 from mebp_compile import graph as ir
 from mebp_compile import torch_private
+from mebp_compile.capture import devices
 from mebp_compile.capture.hyper import stand_in
 from mebp_compile.capture.trace import Traced
 from mebp_compile.errors import GraphError, Unsupported
@@ -98,6 +99,7 @@ class _Lowering:
             tuple(self.views),
             tuple(self.inputs),
             tuple(self.results),
+            self.traced.device,
         )
 
     # --- storages and values ---
@@ -136,7 +138,8 @@ class _Lowering:
         if key in self.by_cdata:
             return self.by_cdata[key], False
         self.by_cdata[key] = len(self.storages)
-        self.storages.append(Storage(name, untyped.nbytes(), role, source))
+        on_host = bool(self.traced.device) and not devices.place_of(tensor)
+        self.storages.append(Storage(name, untyped.nbytes(), role, source, on_host))
         return self.by_cdata[key], True
 
     def _value(self, name: str, tensor: torch.Tensor, storage: int) -> str:

@@ -26,9 +26,7 @@ def memory_of(tensor: torch.Tensor | torch.UntypedStorage) -> memoryview:
         raise MeasureError(f"a {type(tensor).__name__} on {device} has no bytes in this memory", "pass a CPU tensor")
     if isinstance(tensor, torch.UntypedStorage):
         return _view(tensor.data_ptr(), tensor.nbytes(), tensor)
-    if not _is_gapless(tuple(tensor.shape), tensor.stride()):
-        message = f"a tensor of shape {list(tensor.shape)} and stride {list(tensor.stride())} has gaps or repeats"
-        raise MeasureError(message, "pass its storage or a contiguous copy")
+    _check_gapless(tensor, "pass its storage or a contiguous copy")
     return _view(tensor.data_ptr(), tensor.numel() * tensor.element_size(), tensor.untyped_storage())
 
 
@@ -38,6 +36,11 @@ def _view(address: int, size_bytes: int, owner: object) -> memoryview:
     array = (ctypes.c_ubyte * size_bytes).from_address(address)
     array._owner = owner  # type: ignore[attr-defined]
     return memoryview(array).cast("B")
+
+
+def _check_gapless(tensor: torch.Tensor, fix: str) -> None:
+    if not _is_gapless(tuple(tensor.shape), tensor.stride()):
+        raise MeasureError(f"a tensor of shape {list(tensor.shape)} and stride {list(tensor.stride())} has gaps or repeats", fix)
 
 
 def _is_gapless(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
@@ -50,3 +53,12 @@ def _is_gapless(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
             return False
         expected *= size
     return True
+
+
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor on any device as one dimension of uint8, without a copy: what `memory_of` is for the CPU. Raises MeasureError for one
+    with gaps or repeats."""
+    import torch
+
+    _check_gapless(tensor, "pass a contiguous copy")
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)

@@ -17,7 +17,9 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from mebp_compile.errors import MeasureError
+from mebp_compile.measure.accelerator import Accelerator, accelerator_of
 from mebp_compile.measure.child import ChildDied, run_child
+from mebp_compile.measure.device_ops import memory_of_call, time_of_call
 from mebp_compile.measure.equality import COMPARISONS
 from mebp_compile.measure.malloc_meter import MallocMeter, library_path
 from mebp_compile.measure.process import set_malloc_thresholds
@@ -52,8 +54,8 @@ def measure_ops(
     bodies over `torch` and `inputs` in raw bytes: {"equal": bool, "difference": text}; the kinds "equal_blocks" and
     "equal_product" compare an op on all rows with it in blocks (see `equality`). A request that fails, or kills the
     child, gives {"error": text}. `fresh_pages` makes malloc return memory at once, so that time_us includes the page
-    faults of every output. `imports` names modules that register ops. Raises MeasureError when the child can't run at
-    all or takes more than `timeout_s`.
+    faults of every output. `imports` names modules that register ops. "device": "cuda:0" in a request is where the op runs; its tensors say
+    where they are ("tensor": {..., "device": "cuda:0"}). Raises MeasureError when the child can't run at all or takes more than `timeout_s`.
     """
     keys = [str(request["key"]) for request in requests]
     if len(set(keys)) != len(keys):
@@ -104,7 +106,7 @@ def measure(request: Json) -> Json:
 
 def _measure_again(request: Json, result: Json) -> None:
     """A few calls of an op at another time: what disturbed the first ones, all of them alike, is over by then."""
-    if 0 < result.get("time_us", 0) <= LARGE_OP_US:
+    if 0 < result.get("time_us", 0) <= LARGE_OP_US and not request.get("device"):
         call, _ = _decoded(request)
         call()
         before = _other_work(request.get("between_bytes", 0))
@@ -126,6 +128,9 @@ def _measure_one(request: Json) -> Json:
 
 
 def _measure_op(request: Json) -> Json:
+    accelerator = accelerator_of(request.get("device", ""))
+    if accelerator is not None:
+        return _measure_on(accelerator, request)
     call, given = _decoded(request)
     once_bytes, _ = _malloc_of(call, given, warm=False)
     workspace_bytes, outputs = _malloc_of(call, given, warm=True)
@@ -139,6 +144,27 @@ def _measure_op(request: Json) -> Json:
         "workspace_bytes": workspace_bytes,
         "retained_bytes": retained_bytes,
         "once_bytes": once_bytes,
+        "outputs": described,
+    }
+
+
+def _measure_on(accelerator: Accelerator, request: Json) -> Json:
+    """The same on an accelerator."""
+    call, given = _decoded(request)
+    _, once_bytes, outputs = memory_of_call(accelerator, call)
+    once_bytes -= sum(storage.nbytes() for storage in _new_storages(outputs, given))
+    del outputs
+    peak_bytes, _, outputs = memory_of_call(accelerator, call)
+    retained_bytes = sum(storage.nbytes() for storage in _new_storages(outputs, given))
+    described = [_describe(tensor, given) for tensor in tree_leaves(outputs) if isinstance(tensor, torch.Tensor)]
+    del outputs
+    time_us, runs = time_of_call(accelerator, call)
+    return {
+        "time_us": time_us,
+        "runs": runs,
+        "workspace_bytes": max(0, peak_bytes - retained_bytes),
+        "retained_bytes": retained_bytes,
+        "once_bytes": max(0, once_bytes),
         "outputs": described,
     }
 

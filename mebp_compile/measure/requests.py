@@ -66,10 +66,10 @@ def _torch_constant(name: str) -> Any:
 
 
 def _make_tensor(
-    shape: Sequence[int], stride: Sequence[int] | None = None, dtype: str = "float32", fill: str = "normal"
+    shape: Sequence[int], stride: Sequence[int] | None = None, dtype: str = "float32", fill: str = "normal", device: str = "cpu"
 ) -> torch.Tensor:
     """A tensor with exactly the storage its geometry needs, filled from a repeated pattern of a million elements at
-    most.
+    most; on another device the same numbers.
     """
     if stride is None:
         stride = torch.empty(tuple(shape), device="meta").stride()
@@ -80,7 +80,7 @@ def _make_tensor(
         for start in range(0, elements, PATTERN_ELEMENTS):
             part = base[start : start + PATTERN_ELEMENTS]
             part.copy_(pattern[: part.numel()])
-    return base.as_strided(tuple(shape), tuple(stride))
+    return base.to(device).as_strided(tuple(shape), tuple(stride))
 
 
 def _pattern(elements: int, dtype: torch.dtype, fill: str) -> torch.Tensor:

@@ -15,13 +15,17 @@ from mebp_compile.passes import attention, gated_units, low_rank, norms, rotary,
 PASSES = (tiled_loss, row_losses, low_rank, gated_units, norms, rotary, attention)
 
 
-def better_tier(module: torch.fx.GraphModule, tier: str) -> str:
+def better_tier(module: torch.fx.GraphModule, tier: str, device: str = "") -> str:
     """What to ask for so that a smaller budget may do, as advice; empty if no other pass would help."""
+    if device:
+        return ""
     above = [step for step in PASSES if step.SAVES_MEMORY and TIERS.index(step.TIER) > TIERS.index(tier) and step.applies(module)]
     return ", ".join(f'numerics="{step.TIER}" ({step.__name__.rpartition(".")[2]})' for step in above)
 
 
-def run_passes(module: torch.fx.GraphModule, tier: str) -> list[str]:
-    """Every pass that the tier allows, in order; their notes."""
+def run_passes(module: torch.fx.GraphModule, tier: str, device: str = "") -> list[str]:
+    """Every pass that the tier allows, in order; their notes. None on an accelerator: the kernels of all of them are for the CPU so far."""
+    if device:
+        return [f"no passes: their kernels are for the CPU, the step runs on {device}"]
     allowed = [step for step in PASSES if TIERS.index(step.TIER) <= TIERS.index(tier)]
     return [note for step in allowed for note in step.run(module)]

@@ -13,7 +13,7 @@ import torch
 
 from mebp_compile.errors import GraphError
 from mebp_compile.measure.transfer import DiskThread
-from mebp_compile.runtime.homes import HomeStore
+from mebp_compile.runtime.home_store import HomeStore
 from mebp_compile.runtime.state import Getter, evaluate
 
 Groups = dict[str, list[dict[str, Any]]]

@@ -1,7 +1,8 @@
 """The verbs that generated code may call. One engine serves one program.
 
-Memory: `at` gives views of one arena, `new` asks the allocator. Persistent tensors come through `state`. Transfers go through one disk thread:
-`offload` and `prefetch` start one, `wait` completes it. Random draws that run again are replayed from the generator's saved state.
+Memory: `at` gives views of one arena, `new` asks the allocator. Persistent tensors come through `state`. Transfers go through one disk thread, or
+on an accelerator through its copy streams: `offload` and `prefetch` start one, `wait` completes it. Random draws that run again are replayed
+from the generator's saved state.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ import torch
 from mebp_compile.errors import MebpError
 from mebp_compile.kernels import cross_entropy
 from mebp_compile.lower.cuts import block_rows, tile_size
+from mebp_compile.measure.accelerator import Accelerator
 from mebp_compile.quant import dequantise_columns, dequantise_into, dequantise_rows
-from mebp_compile.runtime.activations import ActivationStore
 from mebp_compile.runtime.homes import ProgramHomes
+from mebp_compile.runtime.slots import SlotStore
 from mebp_compile.runtime.state import Getter, Live
 from mebp_compile.runtime.streams import WeightStream
 from mebp_compile.runtime.tables import parent_of
 
 ARENA_ALIGN = 64
+
+RandomState = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class Engine:
@@ -34,19 +38,22 @@ class Engine:
         live: Live,
         sources: Mapping[str, str],
         arena_bytes: int,
-        activations: ActivationStore | None = None,
+        activations: SlotStore | None = None,
         weights: WeightStream | None = None,
         homes: ProgramHomes | None = None,
         random: bool = False,
+        accelerator: Accelerator | None = None,
     ) -> None:
-        """random: the program draws random numbers."""
+        """random: the program draws random numbers. accelerator: where it runs, if not on the CPU."""
         self.live = live
         blocks = {name: source for name, source in sources.items() if "#" in source}
         self.getters: dict[str, Getter] = {name: live.getter(source) for name, source in sources.items() if name not in blocks}
         if homes is not None:
             self.getters |= {name: functools.partial(homes.homes.block, source) for name, source in blocks.items()}
         self.tables = {name.rpartition("_rows_")[0]: parent_of(source) for name, source in blocks.items()}
-        self.arena = _arena(arena_bytes)
+        self.accelerator = accelerator
+        self.device = torch.device("cpu") if accelerator is None else accelerator.device
+        self.arena = _arena(arena_bytes) if accelerator is None else accelerator.empty(arena_bytes)
         self.activations = activations
         self.weights = weights
         self.homes = homes
@@ -54,10 +61,10 @@ class Engine:
         self.on_view: Callable[[torch.Tensor], None] | None = None  # a meter that is told of every view of the arena
         self._views: dict[tuple[Any, ...], torch.Tensor] = {}
         self._reading: dict[str, torch.Tensor] = {}
-        self._rng: dict[str, torch.Tensor] = {}
-        self._rng_now: torch.Tensor | None = None
+        self._rng: dict[str, RandomState] = {}
+        self._rng_now: RandomState | None = None
         self._random = random
-        self._rng_before: torch.Tensor | None = None
+        self._rng_before: RandomState | None = None
         self._left: dict[str, torch.Tensor] = {}  # at home in memory and out of it now: a meta tensor like it
         self._hypers: dict[str, Any] = {}
 
@@ -65,7 +72,7 @@ class Engine:
         """Before each step: forget what the last one left."""
         self.committed = False
         self._left.clear()
-        self._rng_before = torch.get_rng_state() if self._random else None
+        self._rng_before = self._random_state() if self._random else None
         self._rng.clear()
         self._reading.clear()
         self._hypers.clear()
@@ -106,7 +113,7 @@ class Engine:
             self.homes.homes.store.abandon()
         self._bring_back()
         if self._rng_before is not None:
-            torch.set_rng_state(self._rng_before)
+            self._set_random_state(self._rng_before)
 
     def _bring_back(self) -> None:
         for name in tuple(self._left):
@@ -119,7 +126,7 @@ class Engine:
         assert self.activations is not None
         if self._is_out(name):
             like = self._left[name]
-            buffer = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
+            buffer = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=self.device)
             self.activations.prefetch(name, buffer)
             self.activations.wait(name)
             self.homes.adopt(name, buffer)
@@ -153,12 +160,17 @@ class Engine:
         count = 1
         for size in shape:
             count *= size
-        flat = torch.frombuffer(memoryview(self.arena.numpy()), dtype=dtype, count=count, offset=offset)
+        if self.accelerator is None:
+            flat = torch.frombuffer(memoryview(self.arena.numpy()), dtype=dtype, count=count, offset=offset)
+        else:
+            flat = self.arena[offset : offset + count * dtype.itemsize].view(dtype)
         return flat.view(shape) if stride is None else flat.as_strided(shape, stride)
 
     def new(self, shape: tuple[int, ...], dtype: torch.dtype, stride: tuple[int, ...] | None = None) -> torch.Tensor:
         """An uninitialised tensor from the allocator."""
-        return torch.empty(shape, dtype=dtype) if stride is None else torch.empty_strided(shape, stride, dtype=dtype)
+        if stride is None:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        return torch.empty_strided(shape, stride, dtype=dtype, device=self.device)
 
     # --- what exists before the step ---
 
@@ -206,8 +218,8 @@ class Engine:
             self._left.pop(name, None)
         return tensor
 
-    def _carrier(self, name: str) -> ProgramHomes | WeightStream | ActivationStore:
-        """Who moves this storage: its home on disk, the weight store, or the scratch file of the step."""
+    def _carrier(self, name: str) -> ProgramHomes | WeightStream | SlotStore:
+        """Who moves this storage: its home outside of memory, the weight store, or the step's own slots."""
         if self.homes is not None and name in self.homes:
             return self.homes
         if self.weights is not None and name in self.weights:
@@ -219,18 +231,27 @@ class Engine:
 
     def rng_save(self, name: str) -> None:
         """Remember the generator's state before a draw that will be repeated."""
-        self._rng[name] = torch.get_rng_state()
+        self._rng[name] = self._random_state()
 
     def rng_replay(self, name: str) -> None:
         """Put the generator where it was before the first draw of this op."""
-        self._rng_now = torch.get_rng_state()
-        torch.set_rng_state(self._rng[name])
+        self._rng_now = self._random_state()
+        self._set_random_state(self._rng[name])
 
     def rng_return(self) -> None:
         """Put the generator back where it was before the repeated draw."""
         assert self._rng_now is not None
-        torch.set_rng_state(self._rng_now)
+        self._set_random_state(self._rng_now)
         self._rng_now = None
+
+    def _random_state(self) -> RandomState:
+        """The state of the CPU's generator, and of the accelerator's."""
+        return torch.get_rng_state(), None if self.accelerator is None else self.accelerator.random_state()
+
+    def _set_random_state(self, state: RandomState) -> None:
+        torch.set_rng_state(state[0])
+        if self.accelerator is not None and state[1] is not None:
+            self.accelerator.set_random_state(state[1])
 
     # --- streamed weights ---
 

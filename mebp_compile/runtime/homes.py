@@ -1,6 +1,6 @@
-"""Homes on disk: parameters and optimizer state that lie in a scratch file between steps, while the user's objects keep their identity.
+"""Homes on disk: parameters and optimizer state that lie in a scratch file between steps, or in pinned host memory where the step runs on an
+accelerator, while the user's objects keep their identity.
 
-    HomeStore      bytes: two slots a storage; a step writes the one that is not current, `commit` makes all of them current at once
     Homes          the user's objects: what lies on disk is a meta tensor in them, with shape, hooks and identity as they were
     ProgramHomes   the names and wishes of one program; its `arrange` moves what another program keeps elsewhere
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -21,123 +21,32 @@ import torch
 from mebp_compile import torch_private
 from mebp_compile.capture import State
 from mebp_compile.errors import DiskError, MebpError
-from mebp_compile.measure.transfer import DiskThread, ending, settle
-from mebp_compile.runtime.activations import ActivationStore, Slot
+from mebp_compile.measure.accelerator import Accelerator
+from mebp_compile.measure.transfer import DiskThread
+from mebp_compile.runtime.home_store import HomeStore, HostHomeStore
 from mebp_compile.runtime.memory import memory_errors
 from mebp_compile.runtime.tables import Table, by_parent, parent_of
 
-SLOT_ALIGN = 4096
 PLACE_FIX = "call materialise() on the compiled step before you replace or reinitialise parameters and optimizer state"
 
 
 @dataclass(frozen=True)
-class Room:
-    """What a storage needs on disk: its size, and two copies where steps write it (one where they only read it)."""
-
-    size_bytes: int
-    copies: int
-
-
-@dataclass
-class _Home:
-    """The slots of a storage; `current` is the one that the last commit left, None before the first."""
-
-    size_bytes: int
-    slots: list[tuple[ActivationStore, str]] = field(default_factory=list)
-    current: int | None = None
-
-
-class HomeStore:
-    """Storages by name in nameless, preallocated files of `directory`. Not thread-safe; transfers go through `thread`."""
-
-    def __init__(self, directory: Path, thread: DiskThread) -> None:
-        self.directory, self.thread = directory, thread
-        self._homes: dict[str, _Home] = {}
-        self._fresh: dict[str, int] = {}  # storage -> slot that this step has written
-        self._pending: dict[str, tuple[ActivationStore, str]] = {}
-
-    def reserve(self, rooms: Mapping[str, Room]) -> None:
-        """Make room on disk, now, for what has none yet. Raises DiskError where the disk is full or is memory."""
-        wanted: dict[str, Slot] = {}
-        places: list[tuple[str, str]] = []
-        offset = 0
-        for name, room in rooms.items():
-            known = self._homes.get(name)
-            have = len(known.slots) if known is not None and known.size_bytes == room.size_bytes else 0
-            for copy in range(have, room.copies):
-                wanted[f"{name}#{copy}"] = Slot(offset, room.size_bytes)
-                places.append((name, f"{name}#{copy}"))
-                offset += -(-room.size_bytes // SLOT_ALIGN) * SLOT_ALIGN
-        if not wanted:
-            return
-        file = ActivationStore(self.directory, offset, wanted, self.thread)
-        for name, slot in places:
-            if name not in self._homes or self._homes[name].size_bytes != rooms[name].size_bytes:
-                self._homes[name] = _Home(rooms[name].size_bytes)
-            self._homes[name].slots.append((file, slot))
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Begin to write the next generation of a storage. The tensor must stay as it is until `wait`."""
-        home = self._homes[name]
-        after = 0 if home.current is None else (home.current + 1) % len(home.slots)
-        target = self._fresh.get(name, after)
-        if target == home.current:
-            home.current = None  # a single slot: what it held is gone
-        file, slot = home.slots[target]
-        file.offload(slot, tensor)
-        self._fresh[name] = target
-        self._pending[name] = (file, slot)
-
-    def read(self, name: str, buffer: torch.Tensor) -> None:
-        """Begin to read what was last written in this step, else the committed generation."""
-        home = self._homes.get(name)
-        index = self._fresh.get(name, home.current) if home is not None else None
-        if home is None or index is None:
-            raise DiskError(f"{name} was never written to disk", "a bug in this package: report the step")
-        file, slot = home.slots[index]
-        file.prefetch(slot, buffer)
-        self._pending[name] = (file, slot)
-
-    def read_part(self, name: str, offset: int, buffer: torch.Tensor) -> None:
-        """Read bytes of the committed generation, from byte `offset` on, and wait for them."""
-        home = self._homes[name]
-        assert home.current is not None
-        file, slot = home.slots[home.current]
-        file.read_part(slot, offset, buffer)
-
-    def wait(self, name: str) -> None:
-        """Complete the transfer of a storage; raises DiskError if it failed."""
-        file, slot = self._pending[name]
-        with ending(self._pending, name):
-            file.wait(slot)
-
-    def commit(self) -> None:
-        """Everything written since the last commit becomes current, at once. No transfer may be under way."""
-        for name, index in self._fresh.items():
-            self._homes[name].current = index
-        self._fresh = {}
-
-    def abandon(self) -> None:
-        """Let transfers end and forget what was written since the last commit."""
-        settle(self._pending, self.wait)
-        self._fresh = {}
-
-
-@dataclass(frozen=True)
 class _Parked:
-    """A tensor of the user's that is meta now, and the shell that keeps its inner self (hooks, autograd) without memory."""
+    """A tensor of the user's that is meta now, the shell that keeps its inner self (hooks, autograd) without memory, and where its memory was."""
 
     owner: torch.Tensor
     shell: torch.Tensor
+    device: torch.device
 
 
 class Homes:
     """Which tensors of the user's modules and optimizers lie on disk. One for all programs of a compiled step."""
 
-    def __init__(self, state: State, directory: Path) -> None:
+    def __init__(self, state: State, place: Path | Accelerator) -> None:
+        """place: a folder on a disk, or the accelerator whose host memory it is."""
         self.state = state
         self.thread = DiskThread()
-        self.store = HomeStore(directory, self.thread)
+        self.store = HostHomeStore(place, self.thread) if isinstance(place, Accelerator) else HomeStore(place, self.thread)
         self._parked: dict[str, _Parked] = {}  # on disk, or in blocks, by source
         self._tables: dict[str, Table] = {}  # in blocks, by source
         self._out: dict[str, _Parked] = {}  # at home in memory, but out of it for a part of the running step
@@ -189,13 +98,12 @@ class Homes:
             try:
                 self._return(source)
             except DiskError:
-                _unpark(parked, _zeros_like(parked.owner))
+                _unpark(parked, _zeros_like(parked))
                 self._forget(source)
 
     def load(self, source: str) -> torch.Tensor:
         """A copy of what lies on disk: the last committed generation."""
-        owner = self._parked[source].owner
-        buffer = torch.empty_strided(owner.shape, owner.stride(), dtype=owner.dtype)
+        buffer = _empty_like(self._parked[source])
         if source in self._tables:
             self._tables[source].gather(buffer)
             return buffer
@@ -269,7 +177,7 @@ class Homes:
         """After a failed step. What was out of memory has lost its value: it gets zeros, so that a checkpoint can be loaded over it."""
         self.store.abandon()
         for source in tuple(self._out):
-            self.adopt(source, _zeros_like(self._out[source].owner))
+            self.adopt(source, _zeros_like(self._out[source]))
         for source, block in tuple(self._out_blocks.items()):
             self.adopt(source, torch.zeros_like(block, device="cpu"))
 
@@ -368,15 +276,21 @@ def _check_can_leave(source: str, tensor: torch.Tensor | None) -> None:
 
 def _park(tensor: torch.Tensor) -> _Parked:
     """The object becomes meta and gives up its memory; the shell keeps the rest of it."""
-    shell, nothing = torch.empty_like(tensor, device="meta").requires_grad_(tensor.requires_grad), torch.empty(0, dtype=tensor.dtype)
+    shell, nothing = torch.empty_like(tensor, device="meta").requires_grad_(tensor.requires_grad), tensor.new_empty(0)
+    device = tensor.device
     torch_private.exchange(tensor, shell)  # from here on nothing needs memory, so nothing fails
     shell.data = nothing
-    return _Parked(tensor, shell)
+    return _Parked(tensor, shell, device)
 
 
-def _zeros_like(owner: torch.Tensor) -> torch.Tensor:
-    """Zeros of the geometry of a meta tensor, in memory."""
-    return torch.empty_strided(owner.shape, owner.stride(), dtype=owner.dtype).zero_()
+def _empty_like(parked: _Parked) -> torch.Tensor:
+    """Memory of the geometry of a parked tensor, where it was."""
+    owner = parked.owner
+    return torch.empty_strided(owner.shape, owner.stride(), dtype=owner.dtype, device=parked.device)
+
+
+def _zeros_like(parked: _Parked) -> torch.Tensor:
+    return _empty_like(parked).zero_()
 
 
 def _unpark(parked: _Parked, buffer: torch.Tensor) -> None:

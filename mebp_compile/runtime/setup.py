@@ -7,6 +7,7 @@ from mebp_compile.capture import State
 from mebp_compile.capture.contract import Contract
 from mebp_compile.config import Options
 from mebp_compile.graph import PERSISTENT, Graph
+from mebp_compile.measure.accelerator import Accelerator
 from mebp_compile.overhead import FRESH_BYTES
 from mebp_compile.place import lives
 from mebp_compile.planning import Plan, is_tight
@@ -14,10 +15,12 @@ from mebp_compile.runtime.assemble import assemble
 from mebp_compile.runtime.bind import Streamed
 from mebp_compile.runtime.binding import Binding
 from mebp_compile.runtime.engine import Engine
+from mebp_compile.runtime.home_store import SLOT_ALIGN
 from mebp_compile.runtime.homes import Homes
+from mebp_compile.runtime.host_slots import ALIGN
+from mebp_compile.runtime.slots import slots_of
 from mebp_compile.runtime.state import LiveState
 
-SLOT_ALIGN = 4096
 TILE_VERBS = ("run.rows", "run.columns")
 
 
@@ -29,29 +32,33 @@ def make_engine(
     options: Options,
     streamed: Streamed | None = None,
     homes: Homes | None = None,
+    accelerator: Accelerator | None = None,
 ) -> Engine:
     """An engine with everything that the program's verbs need, and nothing more."""
-    binding = binding_of(graph, plan, options.offload_dir is not None)
+    binding = binding_of(graph, plan, options.offloads, options.host_bytes is not None)
     live = LiveState(state, contract.constants)
     store, names = (streamed.store, streamed.names) if streamed is not None else (None, None)
-    return assemble(binding, live, options.offload_dir, store, names, homes)
+    return assemble(binding, live, options.offload_dir, store, names, homes, accelerator=accelerator)
 
 
-def binding_of(graph: Graph, plan: Plan, offload: bool) -> Binding:
-    """The binding of a planned program. `offload`: it has a folder on a disk."""
+def binding_of(graph: Graph, plan: Plan, offload: bool, host: bool = False) -> Binding:
+    """The binding of a planned program. `offload`: it has a folder on a disk, or with `host` an accelerator's host memory, where what steps write
+    has one copy: a failed step can't be undone there."""
     sources = {
         storage.name: storage.source for storage in graph.storages if storage.source and storage.role not in ("batch", "hyper", "weight")
     }
     written = {storage for op in graph.ops for storage in op.writes if graph.storages[storage].role in PERSISTENT}
-    away, resident, rooms = _homes(graph, plan, written) if offload else ({}, {}, {})
+    away, resident, rooms = _homes(graph, plan, set() if host else written) if offload else ({}, {}, {})
     weights, records = _weights(graph)
-    slots, scratch_bytes = _slots(graph, plan) if offload else ({}, 0)
+    slots, scratch_bytes = _slots(graph, plan, ALIGN if host else SLOT_ALIGN) if offload else ({}, 0)
     kept = sorted(graph.storages[index].name for index in plan.schedule.resident if graph.storages[index].role == "weight")
+    restorable = not host and all(graph.storages[index].name in away for index in written)
+    tight = not graph.device and is_tight(plan.problem, plan.placement)
     changed = (graph.storages[index].source for index in sorted(written))
     return Binding(
         sources, batch_sources(graph), result_paths(graph), plan.placement.arena_bytes, plan.peak_bytes, plan.problem.budget_bytes,
-        away, resident, rooms, all(graph.storages[index].name in away for index in written), weights, records, tuple(kept), slots, scratch_bytes,
-        tuple(changed), any(op.rng for op in graph.ops), is_tight(plan.problem, plan.placement), FRESH_BYTES, *_spikes(graph, plan),
+        away, resident, rooms, restorable, weights, records, tuple(kept), slots, scratch_bytes,
+        tuple(changed), any(op.rng for op in graph.ops), tight, FRESH_BYTES, *_spikes(graph, plan),
     )  # fmt: skip
 
 
@@ -84,8 +91,8 @@ def _spikes(graph: Graph, plan: Plan) -> tuple[int, int]:
     return max(plain, default=0), max((taken[number] for number in loops), default=0)
 
 
-def _homes(graph: Graph, plan: Plan, written: set[int]) -> tuple[dict[str, str], dict[str, str], dict[str, tuple[int, int]]]:
-    """What the plan keeps on disk, what it may move in mid-step, and room on disk: two copies of what steps write."""
+def _homes(graph: Graph, plan: Plan, twice: set[int]) -> tuple[dict[str, str], dict[str, str], dict[str, tuple[int, int]]]:
+    """What the plan keeps on disk, what it may move in mid-step, and room on disk: two copies of what is in `twice`."""
     away, resident, rooms = {}, {}, {}
     for index, storage in enumerate(graph.storages):
         if storage.role not in ("parameter", "optimizer") or not plan.problem.storages[index].movable:
@@ -94,7 +101,7 @@ def _homes(graph: Graph, plan: Plan, written: set[int]) -> tuple[dict[str, str],
             resident[storage.name] = storage.source
         else:
             away[storage.name] = storage.source
-            rooms[storage.source] = (storage.size_bytes, 2 if index in written else 1)
+            rooms[storage.source] = (storage.size_bytes, 2 if index in twice else 1)
     return away, resident, rooms
 
 
@@ -109,15 +116,15 @@ def _weights(graph: Graph) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
     return weights, records
 
 
-def _slots(graph: Graph, plan: Plan) -> tuple[dict[str, tuple[int, int]], int]:
-    """Of each storage that the schedule offloads to the scratch file: (offset, bytes); and the file's size."""
+def _slots(graph: Graph, plan: Plan, align: int) -> tuple[dict[str, tuple[int, int]], int]:
+    """Of each storage that the schedule offloads to slots of the step's own: (offset, bytes); and the bytes of all."""
     resident = plan.schedule.resident
     offloaded = dict.fromkeys(step.storage for step in plan.schedule.steps if isinstance(step, solvers.Offload))
-    slots, offset = {}, 0
+    sizes = {}
     for index in offloaded:
         storage = graph.storages[index]
         if storage.role in PERSISTENT and (index not in resident or storage.role == "weight"):
             continue
-        slots[storage.name] = (offset, storage.size_bytes)
-        offset += -(-storage.size_bytes // SLOT_ALIGN) * SLOT_ALIGN
-    return slots, offset
+        sizes[storage.name] = storage.size_bytes
+    slots, all_bytes = slots_of(sizes, align)
+    return {name: (slot.offset, slot.size_bytes) for name, slot in slots.items()}, all_bytes

@@ -1,4 +1,6 @@
-"""Packed weights on their way into memory: reads whole records ahead on the disk thread, rows of tables when they are looked up."""
+"""Packed weights on their way into memory: reads whole records ahead on the disk thread, rows of tables when they are looked up. A step on an
+accelerator has its records in host memory, from which they are copied.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,13 @@ from collections.abc import Mapping
 
 import torch
 
+from mebp_compile.measure.accelerator import Accelerator
 from mebp_compile.measure.transfer import DiskThread, Ticket, ending, settle
 from mebp_compile.quant import Packed, dequantise_rows
 from mebp_compile.quant.scheme import view_record
 from mebp_compile.quant.schemes import scheme_named
+from mebp_compile.runtime.host_slots import ALIGN, HostSlots
+from mebp_compile.runtime.slots import slots_of
 from mebp_compile.runtime.weights import WeightStore
 
 
@@ -26,13 +31,25 @@ class WeightStream:
         records: Mapping[str, str],
         resident: frozenset[str],
         thread: DiskThread,
+        accelerator: Accelerator | None = None,
     ) -> None:
+        self.device = torch.device("cpu") if accelerator is None else accelerator.device
         self.store, self.weights, self.records, self.thread = store, dict(weights), dict(records), thread
         self._pending: dict[str, Ticket] = {}
         self._tile: torch.Tensor | None = None
         self.at_home = resident
         self.resident: dict[str, torch.Tensor] = {}
+        self.host = self._in_host_memory(accelerator) if accelerator is not None else None
         self.arrange()
+
+    def _in_host_memory(self, accelerator: Accelerator) -> HostSlots:
+        """Every record that is not always in the accelerator's memory, read once."""
+        sizes = {name: self.store.entry(self._entry(name)).length for name in self.records if name not in self.at_home}
+        slots, capacity_bytes = slots_of(sizes, ALIGN)
+        host = HostSlots(capacity_bytes, slots, accelerator)
+        for name in sizes:
+            self.store.read_into(self._entry(name), host.fill(name))
+        return host
 
     def __contains__(self, name: str) -> bool:
         return name in self.records
@@ -43,7 +60,7 @@ class WeightStream:
     def _load(self, name: str) -> torch.Tensor:
         buffer = torch.empty(self.store.entry(self._entry(name)).length, dtype=torch.uint8)
         self.store.read_into(self._entry(name), buffer)
-        return buffer
+        return buffer.to(self.device)
 
     def offload(self, name: str, buffer: torch.Tensor) -> None:
         """The store has the record already: nothing is written."""
@@ -59,10 +76,17 @@ class WeightStream:
 
     def prefetch(self, name: str, buffer: torch.Tensor) -> None:
         """Start reading a record into a buffer of its size."""
+        if self.host is not None:
+            self.host.prefetch(name, buffer)
+            return
         entry = self._entry(name)
         self._pending[name] = self.thread.submit(functools.partial(self.store.read_into, entry, buffer), buffer.nbytes)
 
     def wait(self, name: str) -> None:
+        if self.host is not None:
+            if name in self.host.pending:
+                self.host.wait(name)
+            return
         ticket = self._pending.get(name)
         if ticket is not None:
             with ending(self._pending, name):
@@ -70,6 +94,8 @@ class WeightStream:
 
     def settle(self) -> None:
         """After a failed step: let pending reads end, whatever becomes of them, and let go of a Loop's memory."""
+        if self.host is not None:
+            self.host.settle()
         settle(self._pending, self.wait)
         self.end_tiles()
 
@@ -86,7 +112,7 @@ class WeightStream:
     def dense(self, name: str) -> torch.Tensor:
         """An uninitialised dense weight."""
         entry, dtype = self.weights[name]
-        return torch.empty(self.store.entry(entry).shape, dtype=dtype)
+        return torch.empty(self.store.entry(entry).shape, dtype=dtype, device=self.device)
 
     def tile(self, name: str, rows: slice | None = None, columns: slice | None = None) -> torch.Tensor:
         """Uninitialised dense rows or columns of a weight, in memory that the tiles of a Loop share: the next one overwrites it."""
@@ -118,11 +144,11 @@ class WeightStream:
         """Dense rows `ids` of a table: shape [*ids.shape, columns]."""
         entry, dtype = self.weights[name]
         columns = self.store.entry(entry).shape[-1]
-        result = torch.empty((*ids.shape, columns), dtype=dtype) if out is None else out
+        result = torch.empty((*ids.shape, columns), dtype=dtype, device=self.device) if out is None else out
         unique, back = torch.unique(ids.reshape(-1), return_inverse=True)
         count = math.prod(unique.shape)
         buffer = torch.empty(self.store.rows_bytes(entry, count), dtype=torch.uint8)
         self.store.read_selected_rows_into(entry, unique, buffer)
         rows = dequantise_rows(self.store.packed(entry, buffer, count), 0, count, torch.empty((count, columns), dtype=dtype))
-        torch.index_select(rows, 0, back, out=result.view(-1, columns))
+        torch.index_select(rows.to(self.device), 0, back, out=result.view(-1, columns))
         return result

@@ -28,7 +28,8 @@ from mebp_compile.errors import BudgetInfeasible, DiskError, MebpError, StepPois
 from mebp_compile.measure import disk, file_io
 from mebp_compile.measure.transfer import DiskThread
 from mebp_compile.runtime.all_state import state_dict
-from mebp_compile.runtime.homes import Homes, HomeStore, Room
+from mebp_compile.runtime.home_store import HomeStore, Room
+from mebp_compile.runtime.homes import Homes
 from solvers.decode import Decisions, Tables, decode
 from solvers.emit import emit, synchronous
 from solvers.solve import Solution

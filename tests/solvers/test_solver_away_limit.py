@@ -27,6 +27,17 @@ def answer(problem: Problem) -> tuple[Solution | None, Infeasible | None]:
         return None, refusal
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_a_refusal_names_a_budget_that_works(seed: int) -> None:
+    """With the limit, not without it."""
+    limited = replace(small(seed), budget_bytes=1, away_limit_bytes=20)
+    _, refusal = answer(limited)
+    assert refusal is not None
+    found, _ = answer(limited.with_budget(refusal.smallest_found_bytes))
+    assert found is not None
+    assert replay(limited.with_budget(refusal.smallest_found_bytes), found.schedule).away_bytes <= 20
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_no_answer_is_above_the_limit(seed: int) -> None:
     """From nothing to all that an answer without a limit sends away: kept, and no faster than it. Refused only where something is in the way."""
