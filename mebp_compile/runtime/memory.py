@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from mebp_compile.errors import MebpError, OutOfMemory
 
-SIGNS = ("can't allocate memory", "not enough memory", "bad_alloc", "Cannot allocate memory")
+SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "Cannot allocate memory")
 MEMORY_FIX = "end other programs, lift the process's memory limit, or plan with a smaller budget"
 
 

@@ -8,10 +8,12 @@ from fake_accelerator import COMPUTE, FakeAccelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mebp_compile.errors import DiskError, MeasureError
+from mebp_compile.errors import DiskError, MeasureError, OutOfMemory
 from mebp_compile.measure.accelerator import READ, WRITE
 from mebp_compile.measure.memory import flat_bytes
+from mebp_compile.runtime.engine import Engine
 from mebp_compile.runtime.host_slots import ALIGN, HostSlots
+from mebp_compile.runtime.memory import memory_errors
 from mebp_compile.runtime.slots import Slot, slots_of
 
 SIZES = {"a": 400, "b": 200, "c": 64}
@@ -127,3 +129,39 @@ def test_flat_bytes_of_any_order_of_dimensions(shape: tuple[int, ...]) -> None:
     assert flat_bytes(turned).numel() == tensor.nbytes
     assert torch.equal(flat_bytes(turned), flat_bytes(tensor))
     assert flat_bytes(turned).data_ptr() == tensor.data_ptr()
+
+
+def test_draws_are_replayed_from_both_generators() -> None:
+    """An engine on an accelerator keeps the state of the device's generator beside the CPU's."""
+    accelerator = FakeAccelerator(late=True)
+    engine = Engine(None, {}, 1024, random=True, accelerator=accelerator)  # type: ignore[arg-type]
+    engine.begin()
+    engine.rng_save("draw")
+    first, on_device = torch.rand(3), accelerator.random_state()
+    accelerator.set_random_state(on_device + 1)
+    after = accelerator.random_state()
+    engine.rng_replay("draw")
+    assert torch.equal(accelerator.random_state(), on_device)
+    assert torch.equal(torch.rand(3), first)
+    engine.rng_return()
+    assert torch.equal(accelerator.random_state(), after)
+    engine.abandon()
+    assert torch.equal(accelerator.random_state(), on_device)
+
+
+def test_places_in_the_arena() -> None:
+    """Of any dtype and geometry, in the device's memory."""
+    engine = Engine(None, {}, 4096, accelerator=FakeAccelerator(late=True))  # type: ignore[arg-type]
+    plain = engine.at(512, (3, 4), torch.bfloat16).fill_(1.5)
+    turned = engine.at(1024, (3, 4), torch.float32, (1, 3)).fill_(2.0)
+    assert plain.data_ptr() == engine.arena.data_ptr() + 512
+    assert turned.stride() == (1, 3)
+    assert bool((engine.arena[512:536].view(torch.bfloat16) == 1.5).all())
+    assert engine.new((2,), torch.int64, (1,)).device == engine.device
+
+
+@pytest.mark.parametrize("text", ["CUDA out of memory. Tried to allocate 2.00 GiB", "CUDA error: out of memory"])
+def test_no_memory_left_there(text: str) -> None:
+    """torch's error becomes the typed one, which says what to do."""
+    with pytest.raises(OutOfMemory, match="making the arena"), memory_errors("making the arena"):
+        raise RuntimeError(text)

@@ -12,7 +12,7 @@ from solvers.compare import comparison, fastest_us
 from solvers.decode import Tables
 from solvers.tuned import TUNED, knapsack, per_layer_tuned
 
-PROBLEM = transformer(4, 32, 64, adam=False)
+PROBLEM = transformer(3, 16, 32, adam=False)
 WHOLE = replay(PROBLEM, keep_all(PROBLEM), False).peak_bytes
 
 
@@ -43,7 +43,7 @@ def test_tuning_lies_between_the_fixed_schedules() -> None:
 
 
 def test_sqrt_n_keeps_less_between_layers() -> None:
-    """Four layers in two segments: what passes between the layers of a segment is made again too, but not all that can be."""
+    """Three layers in two segments: what passes between the layers of a segment is made again too, but not all that can be."""
     schedules = [sqrt_n(PROBLEM), per_layer(PROBLEM)]
     reports = [replay(PROBLEM, schedule, False) for schedule in schedules]
     assert reports[0].recomputes > reports[1].recomputes > 0
