@@ -11,18 +11,18 @@ from solvers.bounds import roofline_us, working_set
 from solvers.check import Report, ScheduleError, replay
 from solvers.cut_bound import bound_and_moments
 from solvers.decode import Decisions, DecodeError, Tables
-from solvers.emit import emit, overlapped, synchronous
+from solvers.emit import emit, synchronous
 from solvers.evict import Rates, State
 from solvers.greedy import SMALL_OPS, TINY_FRACTION, descend, evaluate, first_decisions, next_state
-from solvers.improve import refill, score, search
+from solvers.improve import placed_us, refill, score, search
 from solvers.order_bound import base_order_bound_us
+from solvers.place import placed
 from solvers.problem import Problem
 from solvers.schedule import Run, Schedule, format_bytes
 
 EFFORTS = ("fast", "balanced", "proof")
 TRANSFER_WEIGHTS = (0.3, 1.0)
 TIGHTEST = 0.0  # transfers cost nothing: the path that goes lowest whatever the times are; walked where the others end too high
-READ_MARGINS = (1.0, 1.5, 2.5)
 SEARCH_ROUNDS = 400
 GOOD_ENOUGH = 1.005  # times the bound: no second greedy path
 EXACT_OPS = 40
@@ -32,6 +32,11 @@ MODEL_SHARE = 0.7  # of the time left
 REPAIRS = 30
 BOUND_SHARE = 0.25  # of the time, for the bound of base order
 BASE_ORDER_SHARE = 0.5  # of the time, where the order is free as well
+PLAN_PHASES = (32, 64, 32)  # of one disk plan after the other
+DISK_MATTERS = 0.02  # of the compute, that transfers take: then what goes to disk is planned
+DISK_BOUND = 0.5  # likewise: then before the global model
+DISK_WEIGHTS = (3.0,)  # more greedy paths then
+REFILL_SECONDS = 3.0  # for one plan
 MODEL_WORTH = 1.001  # times the bound: a schedule so good is left as it is
 
 
@@ -123,9 +128,16 @@ def solve(
     modelled = effort != "fast" and len(problem.ops) > EXACT_OPS
     before_greedy = time.monotonic()
     smallest_found = _offer_greedy(course, first_only=modelled)
-    if modelled:  # the model leaves as much time to the second path as the first one took
+    if modelled and _disk_share(course) >= DISK_BOUND:  # what goes to disk decides: that first
+        _offer_plans(course)
+        smallest_found += _offer_greedy(course, DISK_WEIGHTS)
+        _offer_plans(course)
+        _offer_model(course)
+    elif modelled:  # the model leaves as much time to the second path as the first one took
         _offer_model(replace(course, deadline=course.deadline - (time.monotonic() - before_greedy)))
         smallest_found += _offer_greedy(course)
+    if modelled and _disk_share(course) >= DISK_MATTERS:
+        _offer_plans(course)
     if effort != "fast":
         _offer_search(course)
     if free_order:
@@ -163,18 +175,24 @@ class _Course:
     bound_us: int
     states: list[tuple[State, float]] = field(default_factory=list)
     walked: list[float] = field(default_factory=list)
+    planned: dict[int, State] = field(default_factory=dict)  # by id: what has been, or is, a disk plan
 
     def tell(self, text: str) -> None:
         if self.progress and self.best.report:
             self.progress(f"{text}: {self.best.report.time_us / 1e6:.4f} s")
 
 
-def _offer_greedy(course: _Course, first_only: bool = False) -> list[int]:
+def _disk_share(course: _Course) -> float:
+    """Of the states so far the most that transfers take, as a share of the compute."""
+    return max((state.profile.transfer_us / (state.profile.compute_us + 1) for state, _ in course.states), default=0.0)
+
+
+def _offer_greedy(course: _Course, more: tuple[float, ...] = (), first_only: bool = False) -> list[int]:
     """Walk down each greedy path not yet walked to the budget, and refill; returns the smallest peak of each. first_only: end with the
     first that fits."""
     tables, best, smallest_found = course.tables, course.best, list[int]()
     bound = roofline_us(tables.problem)
-    for walked in (*_weights(tables.problem), TIGHTEST):
+    for walked in (*_weights(tables.problem), *more, TIGHTEST):
         late = time.monotonic() > course.deadline
         if best.report and (walked == TIGHTEST or best.report.time_us <= GOOD_ENOUGH * bound or late):
             break
@@ -216,6 +234,46 @@ def _offer_model(course: _Course) -> None:
             return
 
 
+def _offer_plans(course: _Course) -> None:
+    """For each state that has transfers, and for what that leads to: what goes to disk decided anew."""
+    for start, weight in list(course.states):
+        state: State | None = start
+        if id(start) in course.planned or not start.profile.transfer_us:
+            continue
+        for phases in PLAN_PHASES:
+            state = _planned(course, state, weight, phases) if state is not None else None
+        course.planned[id(start)] = start
+
+
+def _planned(course: _Course, start: State, weight: float, phases: int) -> State | None:
+    """The best of the plans for the state, repaired and refilled by both clocks; None without one."""
+    tables, judge = course.tables, placed_us(course.tables)
+    found: list[State] = []
+    for decisions in _disk_plans(tables, start, phases, course.deadline):
+        state = _repaired(tables, decisions, weight)
+        found += [state] if state is not None else []
+    if not found:
+        return None
+    state = min(found, key=judge)
+    _offer_state(tables, course.best, state, "disk plan")
+    state = refill(tables, state, weight, min(course.deadline, time.monotonic() + REFILL_SECONDS), judge=judge)
+    _offer_state(tables, course.best, state, "disk plan")
+    course.states.append((state, weight))
+    course.planned[id(state)] = state
+    course.tell(f"disk plan (transfers x {weight}, {phases} phases)")
+    return state
+
+
+def _disk_plans(tables: Tables, state: State, phases: int, deadline: float) -> Iterator[Decisions]:
+    """Those of disk_plan.py; none without ortools."""
+    try:
+        from solvers.disk_plan import plans
+
+        yield from plans(tables, state, phases, deadline)
+    except ImportError:
+        return
+
+
 def _plans(tables: Tables, ways: list[int], deadline: float) -> Iterator[Decisions]:
     """The model's plans; none without ortools."""
     try:
@@ -254,14 +312,15 @@ def _offer_search(course: _Course) -> None:
     """Search from the best states, one for each weight of transfers, half of the time left for each but the last."""
     tables, best = course.tables, course.best
     starts: dict[float, State] = {}
-    for state, weight in sorted(course.states, key=lambda pair: score(pair[0], pair[1])):
+    judge = placed_us(tables) if _disk_share(course) >= DISK_MATTERS else None
+    for state, weight in sorted(course.states, key=lambda pair: judge(pair[0]) if judge else score(pair[0], pair[1])):
         starts.setdefault(weight, state)
     for number, (weight, state) in enumerate(starts.items(), 1):
         if best.report is None or best.report.time_us <= course.bound_us:
             return
         left = course.deadline - time.monotonic()
         until = time.monotonic() + (left if number == len(starts) else left / 2)
-        found = search(tables, state, weight, until, SEARCH_ROUNDS, course.seed, course.progress)
+        found = search(tables, state, weight, until, SEARCH_ROUNDS, course.seed, course.progress, judge)
         _offer_state(tables, best, found, f"{best.method} and search" if best.method == "model" else "search")
 
 
@@ -300,7 +359,9 @@ def _filled(tables: Tables, best: _Best, state: State, weight: float) -> Iterato
     """The state, refilled; and, where it leaves much of the budget unused (an op run in another way freed more at once than was asked
     for), the end of a second path, which begins with the ways that the first one ended with."""
     _offer_state(tables, best, state, "greedy")
-    refilled = refill(tables, state, weight)
+    refilled, judge = refill(tables, state, weight), placed_us(tables)
+    if state.profile.transfer_us and judge(refilled) > judge(state):  # it took the bytes in which transfers overlapped
+        refilled = refill(tables, state, weight, judge=judge)
     _offer_state(tables, best, refilled, "greedy")
     yield refilled
     if refilled.profile.peak_bytes < ALL_USED * tables.problem.budget_bytes:
@@ -324,9 +385,7 @@ def _offer_state(tables: Tables, best: _Best, state: State, method: str) -> None
     decisions, trace = state.decisions, state.trace
     best.offer(emit(tables, decisions, trace, synchronous(trace)), method)
     if state.profile.transfer_us:
-        for margin in READ_MARGINS:
-            transfers = overlapped(tables, decisions, trace, state.profile.live_bytes, margin)
-            best.offer(emit(tables, decisions, trace, transfers), method)
+        best.offer(emit(tables, decisions, trace, placed(tables, state)[1]), method)
 
 
 def _offer_exact(problem: Problem, best: _Best, effort: str, deadline: float) -> int | None:

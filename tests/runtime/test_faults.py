@@ -45,7 +45,8 @@ from mebp_compile.measure.transfer import DiskThread, Ticket
 from mebp_compile.runtime.activations import ActivationStore, Slot
 from mebp_compile.runtime.weights import WeightStore
 from solvers.decode import Decisions, Tables, decode
-from solvers.emit import emit, overlapped, profile, synchronous
+from solvers.emit import emit, profile, synchronous
+from solvers.place import overlapped
 from solvers.solve import Solution
 
 TABLE = 256
