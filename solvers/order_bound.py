@@ -2,8 +2,9 @@
 
 One moment cuts the step in two, the first run of some op z, and a linear program says what any schedule must do on both sides (order_program.py).
 It knows what cut_bound.py can't know for lack of an order: what else has run by then, and that each way of each op needs its inputs on its own
-side. Each side takes as long as the slower of its clocks. Where there is a disk several moments in one program say more: transfers can't be done before what
-they move is there. Without one they say what the best of them says alone. Solved in whole numbers, which a schedule's are, that one says a little more.
+side. Each side takes as long as the slower of its clocks. Where there is a disk several moments in one program
+say more: transfers can't be done before what they move is there. Without one they say what the best of them says alone. Solved in whole numbers,
+which a schedule's are, that one says a little more.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def base_order_bound_us(problem: Problem, moments: Sequence[int], deadline: floa
         return best
     best = max(best, ranked[0][0])
     chained = 0
-    for share in TINY_SHARES if facts.disk else ():
-        small = Facts(problem, int(share * problem.budget_bytes))
+    for tiny_bytes in dict.fromkeys(int(share * problem.budget_bytes) for share in TINY_SHARES if facts.disk):
+        small = Facts(problem, tiny_bytes)
         chained = max(chained, _bound_us(small, chain(facts, [z for _, z in ranked[:BEST_MOMENTS]]), deadline))
     return chained if chained > best else max(best, _bound_us(facts, [ranked[0][1]], deadline, whole=True))
 
