@@ -312,7 +312,7 @@ def _offer_search(course: _Course) -> None:
     """Search from the best states, one for each weight of transfers, half of the time left for each but the last."""
     tables, best = course.tables, course.best
     starts: dict[float, State] = {}
-    judge = placed_us(tables) if _disk_share(course) >= DISK_MATTERS else None
+    judge = placed_us(tables) if len(tables.problem.ops) > EXACT_OPS and _disk_share(course) >= DISK_MATTERS else None
     for state, weight in sorted(course.states, key=lambda pair: judge(pair[0]) if judge else score(pair[0], pair[1])):
         starts.setdefault(weight, state)
     for number, (weight, state) in enumerate(starts.items(), 1):
