@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from solvers import anneal
+from solvers import anneal, disk_plan, milp
 from solvers.bounds import roofline_us, working_set
 from solvers.check import Report, ScheduleError, replay
 from solvers.cut_bound import bound_and_moments
@@ -35,6 +35,7 @@ BASE_ORDER_SHARE = 0.5  # of the time, where the order is free as well
 PLAN_PHASES = (32, 64, 32)  # of one disk plan after the other
 DISK_MATTERS = 0.02  # of the compute, that transfers take: then what goes to disk is planned
 DISK_BOUND = 0.5  # likewise: then before the global model
+DISK_FULL = 1.4  # likewise: then the paths that spare the disk first
 DISK_WEIGHTS = (3.0,)  # more greedy paths then
 REFILL_SECONDS = 3.0  # for one plan
 MODEL_WORTH = 1.001  # times the bound: a schedule so good is left as it is
@@ -129,6 +130,7 @@ def solve(
     before_greedy = time.monotonic()
     smallest_found = _offer_greedy(course, first_only=modelled)
     if modelled and _disk_share(course) >= DISK_BOUND:  # what goes to disk decides: that first
+        smallest_found += _offer_greedy(course)
         _offer_plans(course)
         smallest_found += _offer_greedy(course, DISK_WEIGHTS)
         _offer_plans(course)
@@ -223,7 +225,7 @@ def _offer_model(course: _Course) -> None:
         if best.report.time_us <= MODEL_WORTH * course.bound_us or left < MODEL_SECONDS:
             return
         found = False
-        for decisions in _plans(tables, ways, time.monotonic() + MODEL_SHARE * left):
+        for decisions in _if_any(milp.plans(tables, ways, time.monotonic() + MODEL_SHARE * left)):
             state = _repaired(tables, decisions, weight)
             if state is not None:
                 course.states.append((refill(tables, state, weight, course.deadline), weight))
@@ -235,21 +237,22 @@ def _offer_model(course: _Course) -> None:
 
 
 def _offer_plans(course: _Course) -> None:
-    """For each state that has transfers, and for what that leads to: what goes to disk decided anew."""
-    for start, weight in list(course.states):
-        state: State | None = start
-        if id(start) in course.planned or not start.profile.transfer_us:
-            continue
-        for phases in PLAN_PHASES:
-            state = _planned(course, state, weight, phases) if state is not None else None
-        course.planned[id(start)] = start
+    """For each new state that has transfers what goes to disk is decided anew, and again for the better half of what that leads to."""
+    chains = [(state, weight) for state, weight in course.states if id(state) not in course.planned and state.profile.transfer_us]
+    judge, disk_first = placed_us(course.tables), _disk_share(course) >= DISK_FULL
+    chains.sort(key=lambda chain: -chain[1] if disk_first else chain[1])  # by weight
+    course.planned.update((id(state), state) for state, _ in chains)
+    for phases in PLAN_PHASES:
+        planned = [(_planned(course, state, weight, phases), weight) for state, weight in chains]
+        better = sorted(((state, weight) for state, weight in planned if state is not None), key=lambda chain: judge(chain[0]))
+        chains = better[: (len(better) + 1) // 2]
 
 
 def _planned(course: _Course, start: State, weight: float, phases: int) -> State | None:
     """The best of the plans for the state, repaired and refilled by both clocks; None without one."""
     tables, judge = course.tables, placed_us(course.tables)
     found: list[State] = []
-    for decisions in _disk_plans(tables, start, phases, course.deadline):
+    for decisions in _if_any(disk_plan.plans(tables, start, phases, course.deadline)):
         state = _repaired(tables, decisions, weight)
         found += [state] if state is not None else []
     if not found:
@@ -264,22 +267,10 @@ def _planned(course: _Course, start: State, weight: float, phases: int) -> State
     return state
 
 
-def _disk_plans(tables: Tables, state: State, phases: int, deadline: float) -> Iterator[Decisions]:
-    """Those of disk_plan.py; none without ortools."""
+def _if_any(plans: Iterator[Decisions]) -> Iterator[Decisions]:
+    """The plans; none without ortools."""
     try:
-        from solvers.disk_plan import plans
-
-        yield from plans(tables, state, phases, deadline)
-    except ImportError:
-        return
-
-
-def _plans(tables: Tables, ways: list[int], deadline: float) -> Iterator[Decisions]:
-    """The model's plans; none without ortools."""
-    try:
-        from solvers.milp import plans
-
-        yield from plans(tables, ways, deadline)
+        yield from plans
     except ImportError:
         return
 
