@@ -125,8 +125,8 @@ def solve(
     order_bound = None if effort == "fast" else max(bound, base_order_bound_us(problem, moments, until))
     free_order = effort == "proof" and len(problem.ops) <= anneal.MOST_OPS
     in_base_order = time_limit_s * (BASE_ORDER_SHARE if free_order else 1.0)
-    course = _Course(tables, best, deadline - time_limit_s + in_base_order, seed, progress, order_bound or bound)
     modelled = effort != "fast" and len(problem.ops) > EXACT_OPS
+    course = _Course(tables, best, deadline - time_limit_s + in_base_order, seed, progress, order_bound or bound, modelled)
     before_greedy = time.monotonic()
     smallest_found = _offer_greedy(course, first_only=modelled)
     if modelled and _disk_share(course) >= DISK_BOUND:  # what goes to disk decides: that first
@@ -167,7 +167,7 @@ def _tightness(state: State) -> tuple[int, int]:
 
 @dataclass(slots=True)
 class _Course:
-    """What the parts of one solve share. states: what greedy paths and the model ended with, and the weight of transfers there."""
+    """What the parts of one solve share. modelled: models follow the greedy paths. states: what greedy paths and the model ended with, and the weight of transfers there."""
 
     tables: Tables
     best: _Best
@@ -175,6 +175,7 @@ class _Course:
     seed: int
     progress: Callable[[str], None] | None
     bound_us: int
+    modelled: bool
     states: list[tuple[State, float]] = field(default_factory=list)
     walked: list[float] = field(default_factory=list)
     planned: dict[int, State] = field(default_factory=dict)  # by id: what has been, or is, a disk plan
@@ -206,7 +207,7 @@ def _offer_greedy(course: _Course, more: tuple[float, ...] = (), first_only: boo
         smallest_found.append(min(state.profile.peak_bytes for state in path))
         if smallest_found[-1] > tables.problem.budget_bytes:
             continue
-        state = min(_filled(tables, best, path[-1], weight), key=lambda state: score(state, weight))
+        state = min(_filled(tables, best, path[-1], weight, not course.modelled), key=lambda state: score(state, weight))
         course.states.append((state, weight))
         course.tell(f"greedy (transfers x {weight})")
         if first_only:
@@ -346,12 +347,12 @@ def _weights(problem: Problem) -> list[float]:
     return sorted({max(weight, problem.interference) for weight in TRANSFER_WEIGHTS})
 
 
-def _filled(tables: Tables, best: _Best, state: State, weight: float) -> Iterator[State]:
+def _filled(tables: Tables, best: _Best, state: State, weight: float, final: bool) -> Iterator[State]:
     """The state, refilled; and, where it leaves much of the budget unused (an op run in another way freed more at once than was asked
     for), the end of a second path, which begins with the ways that the first one ended with."""
     _offer_state(tables, best, state, "greedy")
     refilled, judge = refill(tables, state, weight), placed_us(tables)
-    if state.profile.transfer_us and judge(refilled) > judge(state):  # it took the bytes in which transfers overlapped
+    if final and state.profile.transfer_us and judge(refilled) > judge(state):  # it took the bytes in which transfers overlapped
         refilled = refill(tables, state, weight, judge=judge)
     _offer_state(tables, best, refilled, "greedy")
     yield refilled
