@@ -167,7 +167,8 @@ def _tightness(state: State) -> tuple[int, int]:
 
 @dataclass(slots=True)
 class _Course:
-    """What the parts of one solve share. modelled: models follow the greedy paths. states: what greedy paths and the model ended with, and the weight of transfers there."""
+    """What the parts of one solve share. modelled: models follow the greedy paths. states: what paths, plans and the model ended with, and the weight
+    of transfers there."""
 
     tables: Tables
     best: _Best

@@ -1,5 +1,6 @@
 """solvers.disk_plan: what stays and what goes to disk, by a linear program over phases with both clocks."""
 
+import itertools
 import time
 
 import pytest
@@ -42,7 +43,9 @@ def planned(problem: Problem, phases: int) -> State:
 
 def test_what_fits_stays() -> None:
     state = planned(updates(6, 1000), 8)
-    assert not state.decisions.away and not state.decisions.cuts and not state.profile.transfer_us
+    assert not state.decisions.away
+    assert not state.decisions.cuts
+    assert not state.profile.transfer_us
 
 
 def test_the_last_weights_of_the_forward_stay_for_the_backward() -> None:
@@ -66,7 +69,7 @@ def test_plans_decode(seed: int) -> None:
         for state in list(descend(tables, 0.3))[::3]:
             planner = DiskPlan(Tables(tables.problem.with_budget(state.profile.peak_bytes)), state, 4)
             for gaps in planner.gaps.values():
-                assert all(a.b == b.a for a, b in zip(gaps, gaps[1:], strict=False))
+                assert all(gap.b == following.a for gap, following in itertools.pairwise(gaps))
             for decisions in plans(planner.tables, state, 4, soon()):
                 assert evaluate(tables, decisions).profile.compute_us == state.profile.compute_us
 
