@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from solvers.baselines import SCHEMES
 from solvers.check import ScheduleError, replay
 from solvers.decode import Tables
-from solvers.emit import emit, overlapped, synchronous
+from solvers.emit import emit, synchronous
 from solvers.evict import State
 from solvers.problem import Problem
-from solvers.solve import READ_MARGINS, Infeasible, Solution, solve
+from solvers.solve import Infeasible, Solution, solve
+from solvers.transfers import placed
 from solvers.tuned import TUNED
 
 HEAD = f"{'schedule':16} {'budget':>10} {'peak':>10} {'ms':>10} {'ours, ms':>10} {'bound, ms':>10} {'ours / it':>9}  ours by"
@@ -55,10 +56,8 @@ def _ms(time_us: int | None) -> str:
 def fastest_us(problem: Problem, state: State) -> int:
     """The state's time with its transfers one by one, or overlapped within the budget, whichever is less."""
     tables = Tables(problem)
-    plans = [synchronous(state.trace)]
-    plans += [overlapped(tables, state.decisions, state.trace, state.profile.live_bytes, margin) for margin in READ_MARGINS]
     times = []
-    for plan in plans:
+    for plan in (synchronous(state.trace), placed(tables, state)[1]):
         try:
             times.append(replay(problem, emit(tables, state.decisions, state.trace, plan)).time_us)
         except ScheduleError:

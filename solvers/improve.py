@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from solvers.decode import RUN, Decisions, DecodeError, Tables, Trace
 from solvers.evict import Rates, State
 from solvers.greedy import SMALL_OPS, TINY_FRACTION, evaluate, next_state
+from solvers.transfers import HORIZONS, placed
 
+Judge = Callable[[State], float]  # less is better
+JUDGED = (0.06,)  # horizons of transfers.py, for problems that aren't small
 REFILL_OPS = 100_000  # ops decoded per refill round, roughly
 
 
@@ -46,12 +49,24 @@ def score(state: State, transfer_weight: float) -> float:
     return profile.compute_us + transfer_weight * profile.transfer_us + 1e-3 * len(state.trace.kind)
 
 
-def refill(tables: Tables, state: State, weight: float, deadline: float = float("inf"), rounds: int = 3) -> State:
-    """Take decisions back, most microseconds per byte first, as long as the peak stays within the budget."""
+def placed_us(tables: Tables) -> Judge:
+    """Judges by both clocks: the microseconds with transfers placed. The state fits the budget."""
+    horizons = HORIZONS if len(tables.problem.ops) <= SMALL_OPS else JUDGED
+    return lambda state: placed(tables, state, horizons)[0] + 1e-3 * len(state.trace.kind)
+
+
+def estimated_us(weight: float) -> Judge:
+    return lambda state: score(state, weight)
+
+
+def refill(tables: Tables, state: State, weight: float, deadline: float = float("inf"), rounds: int = 3, judge: Judge | None = None) -> State:
+    """Take decisions back, most microseconds per byte first, as long as the peak stays within the budget and the judge (the estimate with this
+    weight) says that it helps."""
+    judge = judge or estimated_us(weight)
     for _ in range(rounds):
         undos = _fitting(tables, state, _undos(tables, state, weight))
-        trials = [REFILL_OPS // (len(tables.reads) + 1) + 8]
-        better = _try(tables, state, undos, weight, deadline, trials) if undos else state
+        trials = _Trials(judge, judge(state), deadline, REFILL_OPS // (len(tables.reads) + 1) + 8)
+        better = _try(tables, state, undos, trials) if undos else state
         if better is state:
             break
         state = better
@@ -189,23 +204,34 @@ def _fitting(tables: Tables, state: State, undos: list[Undo]) -> list[Undo]:
     return chosen
 
 
-def _try(tables: Tables, state: State, undos: list[Undo], weight: float, deadline: float, trials: list[int]) -> State:
-    """Take all back together; where that doesn't help, each half in turn. trials[0]: how many more are allowed."""
-    if time.monotonic() > deadline or trials[0] <= 0:
+@dataclass(slots=True)
+class _Trials:
+    """How trials are judged, what the best state is worth, and how many more there may be."""
+
+    judge: Judge
+    least: float
+    deadline: float
+    left: int
+
+
+def _try(tables: Tables, state: State, undos: list[Undo], trials: _Trials) -> State:
+    """Take all back together; where that doesn't help, each half in turn."""
+    if time.monotonic() > trials.deadline or trials.left <= 0:
         return state
-    trials[0] -= 1
+    trials.left -= 1
     decisions = state.decisions.copy()
     for undo in undos:
         undo.apply(decisions)
     try:
         changed = evaluate(tables, decisions)
-        if changed.profile.peak_bytes <= tables.problem.budget_bytes and score(changed, weight) < score(state, weight):
+        if changed.profile.peak_bytes <= tables.problem.budget_bytes and (value := trials.judge(changed)) < trials.least:
+            trials.least = value
             return changed
     except DecodeError:
         pass
     if len(undos) > 1:
-        state = _try(tables, state, undos[: len(undos) // 2], weight, deadline, trials)
-        state = _try(tables, state, undos[len(undos) // 2 :], weight, deadline, trials)
+        state = _try(tables, state, undos[: len(undos) // 2], trials)
+        state = _try(tables, state, undos[len(undos) // 2 :], trials)
     return state
 
 
@@ -217,21 +243,23 @@ def search(
     rounds: int,
     seed: int,
     progress: Callable[[str], None] | None = None,
+    judge: Judge | None = None,
 ) -> State:
-    """Large-neighbourhood search: take back a random part of the decisions, evict again, refill; keep the better."""
-    draw = random.Random(seed)
+    """Large-neighbourhood search: take back a random part of the decisions, evict again, refill; keep what the judge finds better."""
+    draw, judge = random.Random(seed), judge or estimated_us(weight)
+    least = judge(state)
     for number in range(rounds):
         if time.monotonic() > deadline:
             break
-        candidate = _restart(tables, state, weight, deadline, draw)
-        if candidate is not None and score(candidate, weight) < score(state, weight):
-            state = candidate
+        candidate = _restart(tables, state, weight, deadline, draw, judge)
+        if candidate is not None and (value := judge(candidate)) < least:
+            state, least = candidate, value
             if progress:
-                progress(f"search {number}: {score(state, weight) / 1e6:.4f} s")
+                progress(f"search {number}: {least / 1e6:.4f} s")
     return state
 
 
-def _restart(tables: Tables, state: State, weight: float, deadline: float, draw: random.Random) -> State | None:
+def _restart(tables: Tables, state: State, weight: float, deadline: float, draw: random.Random, judge: Judge) -> State | None:
     """A neighbour within the budget, or None."""
     budget, small = tables.problem.budget_bytes, len(tables.problem.ops) <= SMALL_OPS
     rate = (state.profile.compute_us + 1) / (state.profile.peak_bytes + 1)
@@ -243,7 +271,7 @@ def _restart(tables: Tables, state: State, weight: float, deadline: float, draw:
         return None
     for _ in range(40):
         if current.profile.peak_bytes <= budget:
-            return refill(tables, current, weight, deadline, 1)
+            return refill(tables, current, weight, deadline, 1, judge)
         if time.monotonic() > deadline:
             return None
         target = max(budget, current.profile.peak_bytes - 1 if small else int(current.profile.peak_bytes * 0.9))

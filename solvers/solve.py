@@ -4,36 +4,35 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from solvers import anneal
 from solvers.away_limit import fewer_movable, within_limit, without_limit
 from solvers.bounds import roofline_us, working_set
-from solvers.check import Report, ScheduleError, replay
+from solvers.check import Report, replay
+from solvers.course import TRANSFER_WEIGHTS, Best, Course, disk_share, offer_state, weights_of
 from solvers.cut_bound import bound_and_moments
-from solvers.decode import Decisions, DecodeError, Tables
-from solvers.emit import emit, overlapped, synchronous
-from solvers.evict import Rates, State
-from solvers.greedy import SMALL_OPS, TINY_FRACTION, descend, evaluate, first_decisions, next_state
-from solvers.improve import refill, score, search
+from solvers.decode import Tables
+from solvers.emit import emit, synchronous
+from solvers.evict import State
+from solvers.from_models import MODEL_WORTH, offer_model, offer_plans, ways_of
+from solvers.greedy import descend, first_decisions
+from solvers.improve import placed_us, refill, score, search
 from solvers.order_bound import base_order_bound_us
 from solvers.problem import Problem
-from solvers.schedule import Run, Schedule, format_bytes
+from solvers.schedule import Schedule, format_bytes
 
 EFFORTS = ("fast", "balanced", "proof")
-TRANSFER_WEIGHTS = (0.3, 1.0)
 TIGHTEST = 0.0  # transfers cost nothing: the path that goes lowest whatever the times are; walked where the others end too high
-READ_MARGINS = (1.0, 1.5, 2.5)
 SEARCH_ROUNDS = 400
 GOOD_ENOUGH = 1.005  # times the bound: no second greedy path
 EXACT_OPS = 40
 ALL_USED = 0.9  # of the budget
-MODEL_SECONDS = 2.0  # with less time left the global model is not tried
-MODEL_SHARE = 0.7  # of the time left
-REPAIRS = 30
 BOUND_SHARE = 0.25  # of the time, for the bound of base order
 BASE_ORDER_SHARE = 0.5  # of the time, where the order is free as well
-MODEL_WORTH = 1.001  # times the bound: a schedule so good is left as it is
+DISK_MATTERS = 0.02  # of the compute, that transfers take: then what goes to disk is planned
+DISK_BOUND = 0.5  # likewise: then before the global model
+DISK_WEIGHTS = (3.0,)  # more greedy paths then
 
 
 class Infeasible(ValueError):
@@ -73,25 +72,6 @@ class Solution:
     order_bound_us: int | None = None
 
 
-@dataclass(slots=True)
-class _Best:
-    """The fastest valid schedule so far."""
-
-    problem: Problem
-    schedule: Schedule | None = None
-    report: Report | None = None
-    method: str = ""
-
-    def offer(self, schedule: Schedule, method: str) -> None:
-        """Replay the schedule; keep it if it is valid and faster (at equal time: smaller peak)."""
-        try:
-            report = replay(self.problem, schedule)
-        except ScheduleError:
-            return
-        if self.report is None or (report.time_us, report.peak_bytes) < (self.report.time_us, self.report.peak_bytes):
-            self.schedule, self.report, self.method = schedule, report, method
-
-
 def solve(
     problem: Problem,
     effort: str = "balanced",
@@ -114,7 +94,7 @@ def solve(
     if problem.away_limit_bytes is not None:
         return _solve_limited(problem, effort, time_limit_s, seed, progress)
     deadline = time.monotonic() + time_limit_s
-    tables, best = Tables(problem), _Best(problem)
+    tables, best = Tables(problem), Best(problem)
     for hint in hints:
         best.offer(hint, "hint")
     bound, moments = (roofline_us(problem), []) if effort == "fast" else bound_and_moments(problem)
@@ -122,13 +102,21 @@ def solve(
     order_bound = None if effort == "fast" else max(bound, base_order_bound_us(problem, moments, until))
     free_order = effort == "proof" and len(problem.ops) <= anneal.MOST_OPS
     in_base_order = time_limit_s * (BASE_ORDER_SHARE if free_order else 1.0)
-    course = _Course(tables, best, deadline - time_limit_s + in_base_order, seed, progress, order_bound or bound)
     modelled = effort != "fast" and len(problem.ops) > EXACT_OPS
+    course = Course(tables, best, deadline - time_limit_s + in_base_order, seed, progress, order_bound or bound, modelled)
     before_greedy = time.monotonic()
     smallest_found = _offer_greedy(course, first_only=modelled)
-    if modelled:  # the model leaves as much time to the second path as the first one took
-        _offer_model(replace(course, deadline=course.deadline - (time.monotonic() - before_greedy)))
+    if modelled and disk_share(course) >= DISK_BOUND:  # what goes to disk decides: that first
         smallest_found += _offer_greedy(course)
+        offer_plans(course)
+        smallest_found += _offer_greedy(course, DISK_WEIGHTS)
+        offer_plans(course)
+        offer_model(course)
+    elif modelled:  # the model leaves as much time to the second path as the first one took
+        offer_model(replace(course, deadline=course.deadline - (time.monotonic() - before_greedy)))
+        smallest_found += _offer_greedy(course)
+    if modelled and disk_share(course) >= DISK_MATTERS:
+        offer_plans(course)
     if effort != "fast":
         _offer_search(course)
     if free_order:
@@ -176,42 +164,24 @@ def _tightness(state: State) -> tuple[int, int]:
     return state.profile.peak_bytes, state.profile.time_us
 
 
-@dataclass(slots=True)
-class _Course:
-    """What the parts of one solve share. states: what greedy paths and the model ended with, and the weight of transfers there."""
-
-    tables: Tables
-    best: _Best
-    deadline: float
-    seed: int
-    progress: Callable[[str], None] | None
-    bound_us: int
-    states: list[tuple[State, float]] = field(default_factory=list)
-    walked: list[float] = field(default_factory=list)
-
-    def tell(self, text: str) -> None:
-        if self.progress and self.best.report:
-            self.progress(f"{text}: {self.best.report.time_us / 1e6:.4f} s")
-
-
-def _offer_greedy(course: _Course, first_only: bool = False) -> list[int]:
+def _offer_greedy(course: Course, more: tuple[float, ...] = (), first_only: bool = False) -> list[int]:
     """Walk down each greedy path not yet walked to the budget, and refill; returns the smallest peak of each. first_only: end with the
     first that fits."""
     tables, best, smallest_found = course.tables, course.best, list[int]()
     bound = roofline_us(tables.problem)
-    for walked in (*_weights(tables.problem), TIGHTEST):
+    for walked in (*weights_of(tables.problem), *more, TIGHTEST):
         late = time.monotonic() > course.deadline
         if best.report and (walked == TIGHTEST or best.report.time_us <= GOOD_ENOUGH * bound or late):
             break
         if walked in course.walked:
             continue
         course.walked.append(walked)
-        weight = walked or _weights(tables.problem)[0]
+        weight = walked or weights_of(tables.problem)[0]
         path = list(_until_fit(tables, walked))
         smallest_found.append(min(state.profile.peak_bytes for state in path))
         if smallest_found[-1] > tables.problem.budget_bytes:
             continue
-        state = min(_filled(tables, best, path[-1], weight), key=lambda state: score(state, weight))
+        state = min(_filled(tables, best, path[-1], weight, not course.modelled), key=lambda state: score(state, weight))
         course.states.append((state, weight))
         course.tell(f"greedy (transfers x {weight})")
         if first_only:
@@ -219,83 +189,28 @@ def _offer_greedy(course: _Course, first_only: bool = False) -> list[int]:
     return smallest_found
 
 
-def _offer_model(course: _Course) -> None:
-    """The global model's plans, each repaired, refilled and replayed."""
-    tables, best = course.tables, course.best
-    if best.schedule is None or best.report is None:
-        return
-    weight = _weights(tables.problem)[0]
-    for ways in (first_decisions(tables).choice, _ways(tables, best.schedule)):
-        left = course.deadline - time.monotonic()
-        if best.report.time_us <= MODEL_WORTH * course.bound_us or left < MODEL_SECONDS:
-            return
-        found = False
-        for decisions in _plans(tables, ways, time.monotonic() + MODEL_SHARE * left):
-            state = _repaired(tables, decisions, weight)
-            if state is not None:
-                course.states.append((refill(tables, state, weight, course.deadline), weight))
-                _offer_state(tables, best, course.states[-1][0], "model")
-                course.tell("model")
-                found = True
-        if found:
-            return
-
-
-def _plans(tables: Tables, ways: list[int], deadline: float) -> Iterator[Decisions]:
-    """The model's plans; none without ortools."""
-    try:
-        from solvers.milp import plans
-
-        yield from plans(tables, ways, deadline)
-    except ImportError:
-        return
-
-
-def _repaired(tables: Tables, decisions: Decisions, weight: float) -> State | None:
-    """The state of the decisions, with evictions where it exceeds the budget; None if that fails."""
-    problem = tables.problem
-    try:
-        state: State | None = evaluate(tables, decisions)
-    except DecodeError:
-        return None
-    rates = Rates(weight, 0 if len(problem.ops) <= SMALL_OPS else int(problem.budget_bytes * TINY_FRACTION))
-    for _ in range(REPAIRS):
-        if state is None or state.profile.peak_bytes <= problem.budget_bytes:
-            return state
-        state = next_state(tables, state, problem.budget_bytes, rates)
-    return None
-
-
-def _ways(tables: Tables, schedule: Schedule) -> list[int]:
-    """How the schedule runs every op; the fastest way for those that it doesn't run."""
-    result = list(first_decisions(tables).choice)
-    for step in schedule.steps:
-        if isinstance(step, Run):
-            result[step.op] = step.choice
-    return result
-
-
-def _offer_search(course: _Course) -> None:
+def _offer_search(course: Course) -> None:
     """Search from the best states, one for each weight of transfers, half of the time left for each but the last."""
     tables, best = course.tables, course.best
     starts: dict[float, State] = {}
-    for state, weight in sorted(course.states, key=lambda pair: score(pair[0], pair[1])):
+    judge = placed_us(tables) if len(tables.problem.ops) > EXACT_OPS and disk_share(course) >= DISK_MATTERS else None
+    for state, weight in sorted(course.states, key=lambda pair: judge(pair[0]) if judge else score(pair[0], pair[1])):
         starts.setdefault(weight, state)
     for number, (weight, state) in enumerate(starts.items(), 1):
         if best.report is None or best.report.time_us <= course.bound_us:
             return
         left = course.deadline - time.monotonic()
         until = time.monotonic() + (left if number == len(starts) else left / 2)
-        found = search(tables, state, weight, until, SEARCH_ROUNDS, course.seed, course.progress)
-        _offer_state(tables, best, found, f"{best.method} and search" if best.method == "model" else "search")
+        found = search(tables, state, weight, until, SEARCH_ROUNDS, course.seed, course.progress, judge)
+        offer_state(tables, best, found, f"{best.method} and search" if best.method == "model" else "search")
 
 
-def _offer_reordered(course: _Course) -> None:
+def _offer_reordered(course: Course) -> None:
     """Order free: what annealing finds, as it is and as the order from which the solvers start again."""
     problem, best = course.tables.problem, course.best
     if best.report is not None and best.report.time_us <= MODEL_WORTH * course.bound_us:
         return
-    ways = first_decisions(course.tables).choice if best.schedule is None else _ways(course.tables, best.schedule)
+    ways = first_decisions(course.tables).choice if best.schedule is None else ways_of(course.tables, best.schedule)
     resident = frozenset[int]() if best.schedule is None else best.schedule.resident
     setting = anneal.Setting(ways, frozenset(s for s, may in enumerate(course.tables.may_leave) if may) - resident)
     sequence = anneal.sequence_of(problem, setting, course.seed)
@@ -316,23 +231,20 @@ def _offer_reordered(course: _Course) -> None:
     best.offer(anneal.renamed(found.schedule, order), f"annealed order, {found.method}")
 
 
-def _weights(problem: Problem) -> list[float]:
-    """What an overlapped transfer may count, as a fraction of its duration: never less than it delays compute."""
-    return sorted({max(weight, problem.interference) for weight in TRANSFER_WEIGHTS})
-
-
-def _filled(tables: Tables, best: _Best, state: State, weight: float) -> Iterator[State]:
+def _filled(tables: Tables, best: Best, state: State, weight: float, final: bool) -> Iterator[State]:
     """The state, refilled; and, where it leaves much of the budget unused (an op run in another way freed more at once than was asked
     for), the end of a second path, which begins with the ways that the first one ended with."""
-    _offer_state(tables, best, state, "greedy")
-    refilled = refill(tables, state, weight)
-    _offer_state(tables, best, refilled, "greedy")
+    offer_state(tables, best, state, "greedy")
+    refilled, judge = refill(tables, state, weight), placed_us(tables)
+    if final and state.profile.transfer_us and judge(refilled) > judge(state):  # it took the bytes in which transfers overlapped
+        refilled = refill(tables, state, weight, judge=judge)
+    offer_state(tables, best, refilled, "greedy")
     yield refilled
     if refilled.profile.peak_bytes < ALL_USED * tables.problem.budget_bytes:
         *_, again = _until_fit(tables, weight, state.decisions.choice)
         if again.profile.peak_bytes <= tables.problem.budget_bytes:
             again = refill(tables, again, weight)
-            _offer_state(tables, best, again, "greedy")
+            offer_state(tables, best, again, "greedy")
             yield again
 
 
@@ -344,17 +256,7 @@ def _until_fit(tables: Tables, weight: float, choice: list[int] | None = None) -
             return
 
 
-def _offer_state(tables: Tables, best: _Best, state: State, method: str) -> None:
-    """Offer the state's schedule with synchronous and with overlapped transfers."""
-    decisions, trace = state.decisions, state.trace
-    best.offer(emit(tables, decisions, trace, synchronous(trace)), method)
-    if state.profile.transfer_us:
-        for margin in READ_MARGINS:
-            transfers = overlapped(tables, decisions, trace, state.profile.live_bytes, margin)
-            best.offer(emit(tables, decisions, trace, transfers), method)
-
-
-def _offer_exact(problem: Problem, best: _Best, effort: str, deadline: float) -> int | None:
+def _offer_exact(problem: Problem, best: Best, effort: str, deadline: float) -> int | None:
     """The exact model, on small problems; returns its bound."""
     if effort == "fast" or len(problem.ops) > EXACT_OPS:
         return None

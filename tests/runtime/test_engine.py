@@ -36,8 +36,9 @@ from mebp_compile.runtime.setup import make_engine
 from mebp_compile.runtime.state import LiveState
 from solvers import Free, Offload, Prefetch, Run, Schedule
 from solvers.decode import Decisions, DecodeError, Tables, decode
-from solvers.emit import emit, overlapped, profile, synchronous
+from solvers.emit import emit, profile, synchronous
 from solvers.solve import Solution
+from solvers.transfers import overlapped
 
 BUDGET_BYTES = 10**9
 

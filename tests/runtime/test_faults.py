@@ -45,8 +45,9 @@ from mebp_compile.measure.transfer import DiskThread, Ticket
 from mebp_compile.runtime.activations import ActivationStore, Slot
 from mebp_compile.runtime.weights import WeightStore
 from solvers.decode import Decisions, Tables, decode
-from solvers.emit import emit, overlapped, profile, synchronous
+from solvers.emit import emit, profile, synchronous
 from solvers.solve import Solution
+from solvers.transfers import overlapped
 
 TABLE = 256
 FROZEN = ("0.weight", "3.weight")

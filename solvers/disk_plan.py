@@ -1,0 +1,294 @@
+"""What stays in memory and what goes to disk, for a state whose runs are given: a linear program over phases of the step with both clocks.
+
+The runs of a trace stay as they are; of every storage that may be on disk each *gap* between two uses is decided anew. For gap g = (a, b), phase p:
+    x[g]     it stays in memory          r[g, p]  it is read from disk in phase p
+    w[e, p]  the value that begins at change e is written to disk in phase p          h[s]  the home of persistent s is memory
+    D[e, p] = (1 - h[s] where e is the start of the step) + sum of w[e, .] up to p: what is on disk;     R[g, p] = sum of r[g, .] up to p
+minimise the sum of the phases' lengths, each at least as long as either clock needs
+    x[g] + R[g, end] = 1;     R[g, p] <= D[e, p];     after the last use x = h, and D = 1 - h where the step changed it
+    in memory within a gap: o[g, p] >= x + R[g, p],  >= 1 - D[e, p]: a transfer counts by half in its own phase;     all that is there <= budget
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from solvers.decode import READ, RUN, Decisions, Tables
+from solvers.emit import Ints, run_times
+from solvers.evict import State
+from solvers.linear import Expression, mathopt_sum
+
+if TYPE_CHECKING:
+    from ortools.math_opt.python.mathopt import Variable
+
+UNIT = 1024.0  # bytes
+WINDOW = 5  # phases: a read begins at most so many before its use, a write ends at most so many after its change
+TINY_SHARE = 1 / 2000  # of the budget: what is no larger stays as it is
+KEPT = 0.5
+SHARES = (1.0, 0.97, 0.94)
+LEAST_SECONDS = 0.1
+DISK_US = 1e-3  # of each transfer: ties are decided for the disk
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Between two uses of a storage: events a and b (-1: the start, count: the end); change: the event at which its value began (-1: the start)."""
+
+    storage: int
+    a: int
+    b: int
+    change: int
+
+
+def movable_gaps(tables: Tables, state: State, tiny_bytes: int) -> dict[int, list[Gap]]:
+    """For each storage that may be on disk, and that the trace doesn't make twice, its gaps in order."""
+    trace, storages = state.trace, tables.problem.storages
+    uses: dict[int, set[int]] = {}
+    again = set(_made_twice(state))
+    for i, a, b in zip(trace.seg_instance, trace.seg_start, trace.seg_end, strict=True):
+        uses.setdefault(trace.inst_storage[i], set()).update((a, b))
+    for i, s in enumerate(trace.inst_storage):
+        uses.setdefault(s, set()).add(trace.inst_birth[i])
+    result = {}
+    for s, events in sorted(uses.items()):
+        info = storages[s]
+        if s in again or info.output or info.size_bytes <= tiny_bytes or not tables.may_spill[s]:
+            continue
+        at = sorted(e for e in events if 0 <= e < len(trace.kind) and trace.kind[e] == RUN)
+        if info.persistent:
+            at = [-1, *at, len(trace.kind)]
+        result[s] = _gaps(tables, state, s, at)
+    return result
+
+
+def _made_twice(state: State) -> Iterable[int]:
+    trace, seen = state.trace, set[int]()
+    for s, birth in zip(trace.inst_storage, trace.inst_birth, strict=True):
+        if birth < 0 or trace.kind[birth] == RUN:
+            if s in seen:
+                yield s
+            seen.add(s)
+    yield from (s for _, s in trace.extra)
+
+
+def _gaps(tables: Tables, state: State, s: int, at: list[int]) -> list[Gap]:
+    change, result, ops = at[0], [], tables.problem.ops
+    for a, b in itertools.pairwise(at):
+        if a >= 0 and s in ops[state.trace.subject[a]].writes:
+            change = a
+        result.append(Gap(s, a, b, change))
+    return result
+
+
+class DiskPlan:
+    """The linear program. `build`, then `solve`."""
+
+    def __init__(self, tables: Tables, state: State, phases: int) -> None:
+        from ortools.math_opt.python import mathopt
+
+        self.tables, self.state, self.trace = tables, state, state.trace
+        self.count, self.phases = len(state.trace.kind), phases
+        self.model = mathopt.Model(name="disk plan")
+        self.room = self.model.add_variable()  # KiB of the budget
+        self.gaps = movable_gaps(tables, state, int(TINY_SHARE * tables.problem.budget_bytes))
+        times = run_times(tables, state.decisions, state.trace)
+        clock = np.cumsum(np.array(times, dtype=np.int64))
+        self.phase: list[int] = np.minimum((clock - times) * phases // max(1, int(clock[-1])), phases - 1).tolist()
+        self.busy = [Expression() for _ in range(phases)]
+        for event, us in enumerate(times):
+            self.busy[self.phase[event]].constant += us
+        self.disk = [Expression() for _ in range(phases)]
+        self.home: dict[int, Variable] = {}
+        self.stay: dict[Gap, Variable | float] = {}
+        self.read: dict[tuple[Gap, int], Variable] = {}
+        self.written: dict[tuple[int, int, int], Variable] = {}  # (storage, change, phase)
+        self.there: dict[tuple[Gap, int], Expression] = {}
+
+    def phase_of(self, event: int) -> int:
+        return 0 if event < 0 else self.phases - 1 if event >= self.count else self.phase[event]
+
+    def group_of(self, event: int) -> int:
+        return -1 if event < 0 else len(self.tables.reads) if event >= self.count else self.trace.group[event]
+
+    def share(self) -> Variable:
+        return self.model.add_variable(lb=0.0, ub=1.0)
+
+    def row(self, expression: Expression, least: float = -math.inf, most: float = math.inf) -> None:
+        row = self.model.add_linear_constraint(lb=least - expression.constant, ub=most - expression.constant)
+        for variable, value in expression.terms.items():
+            row.set_coefficient(variable, value)
+
+    def build(self) -> None:
+        for s, gaps in self.gaps.items():
+            if self.tables.problem.storages[s].persistent:
+                self.home[s] = self.share()
+            for change, same in itertools.groupby(gaps, key=lambda gap: gap.change):
+                self.add_value(s, change, list(same))
+        self.add_memory()
+        length = Expression()
+        for busy, disk in zip(self.busy, self.disk, strict=True):
+            busy.add(disk, self.tables.problem.interference)
+            phase = self.model.add_variable(lb=0.0)
+            length.add(phase).add(disk, DISK_US)
+            self.row(Expression().add(phase).add(busy, -1.0), 0.0)
+            self.row(Expression().add(phase).add(disk, -1.0), 0.0)
+        self.model.minimize_linear_objective(mathopt_sum(length))
+
+    def add_value(self, s: int, change: int, gaps: list[Gap]) -> None:
+        """The gaps of a storage between two changes of it."""
+        first, last = self.phase_of(change), self.phase_of(gaps[-1].b)
+        for p in range(first, min(last, first + WINDOW - 1) + 1):
+            self.written[s, change, p] = self.share()
+            self.disk[p].add(self.written[s, change, p], self.tables.write_us[s])
+        for gap in gaps:
+            self.add_gap(gap)
+        if change >= 0 and s in self.home and gaps[-1].b == self.count:
+            self.row(self.on_disk(gaps[-1], self.phases).add(self.home[s]), 1.0)
+
+    def on_disk(self, gap: Gap, last: float, half: bool = False) -> Expression:
+        """D: the share of the value on disk after phase `last`; half: what is written in that phase counts by half."""
+        result = Expression()
+        if gap.change < 0 and gap.storage in self.home:
+            result.add(1.0).add(self.home[gap.storage], -1.0)
+        first = self.phase_of(gap.change)
+        for p in range(first, first + WINDOW):
+            if p <= last and (gap.storage, gap.change, p) in self.written:
+                result.add(self.written[gap.storage, gap.change, p], 0.5 if half and p == last else 1.0)
+        return result
+
+    def add_gap(self, gap: Gap) -> None:
+        first, last = self.phase_of(gap.a), self.phase_of(gap.b)
+        if gap.b == self.count:
+            self.stay[gap] = self.home[gap.storage]
+        elif self.group_of(gap.a) == self.group_of(gap.b) or (first == last and gap.a >= 0):
+            self.stay[gap] = 1.0
+        else:
+            self.stay[gap] = self.share()
+            for p in range(max(first, last - WINDOW + 1), last + 1):
+                self.read[gap, p] = self.share()
+                self.disk[p].add(self.read[gap, p], self.tables.read_us[gap.storage])
+            self.row(Expression().add(self.stay[gap]).add(self.reads(gap, last)), 1.0, 1.0)
+        for p in range(first, last + 1):
+            self.add_presence(gap, p)
+
+    def reads(self, gap: Gap, until: int, half: bool = False) -> Expression:
+        """R: the share of the gap's value read up to a phase; half: what is read in that phase counts by half."""
+        result, last = Expression(), self.phase_of(gap.b)
+        for p in range(last - WINDOW + 1, until + 1):
+            if (gap, p) in self.read:
+                result.add(self.read[gap, p], 0.5 if half and p == until else 1.0)
+        return result
+
+    def add_presence(self, gap: Gap, p: int) -> None:
+        """o: what is in memory of the gap's value during phase p."""
+        kept = Expression().add(self.stay[gap])
+        if isinstance(self.stay[gap], float):
+            self.there[gap, p] = kept
+            return
+        kept.add(self.reads(gap, p, half=True))
+        if (gap, p) in self.read:
+            self.row(self.on_disk(gap, p).add(self.reads(gap, p), -1.0), 0.0)
+        if p >= self.phase_of(gap.change) + WINDOW:  # what is ever written is written by then
+            self.there[gap, p] = kept
+            return
+        there = self.share()
+        self.row(Expression().add(there).add(kept, -1.0), 0.0)
+        self.row(Expression().add(there).add(self.on_disk(gap, p, half=True)), 1.0)
+        self.there[gap, p] = Expression().add(there)
+
+    def add_memory(self) -> None:
+        """Whole phases of a gap in one variable for each phase; the events at which a gap begins or ends each in a row."""
+        fixed, used = self.fixed_bytes()
+        through = [Expression() for _ in range(self.phases)]
+        local: list[list[Gap]] = [[] for _ in range(self.phases)]
+        for gap in itertools.chain(*self.gaps.values()):
+            first, last = self.phase_of(gap.a), self.phase_of(gap.b)
+            for p in range(first, last + 1):
+                whole = (p > first or gap.a < 0) and (p < last or gap.b == self.count)
+                if whole:
+                    through[p].add(self.there[gap, p], self.tables.size[gap.storage] / UNIT)
+                else:
+                    local[p].append(gap)
+        for p, events in itertools.groupby(self.rows_at(fixed, used), key=lambda event: self.phase[event]):
+            whole_bytes = self.model.add_variable(lb=0.0)
+            self.row(Expression().add(whole_bytes).add(through[p], -1.0), 0.0)
+            for event in events:
+                row = Expression(constant=float(fixed[event] + sum(self.tables.size[s] for s in used.get(event, ()))) / UNIT).add(whole_bytes)
+                for gap in local[p]:
+                    if gap.a < event < gap.b:
+                        row.add(self.there[gap, p], self.tables.size[gap.storage] / UNIT)
+                self.row(row.add(self.room, -1.0), most=0.0)
+
+    def fixed_bytes(self) -> tuple[Ints, dict[int, list[int]]]:
+        """Bytes of everything else at each event, and for each event the storages of gaps that it uses."""
+        fixed = self.state.profile.live_bytes.copy()
+        for i, s in enumerate(self.trace.inst_storage):
+            if s in self.gaps:
+                fixed[max(0, self.trace.inst_birth[i]) : self.trace.inst_last[i] + 1] -= self.tables.size[s]
+        used: dict[int, list[int]] = {}
+        for s, gaps in self.gaps.items():
+            for event in {e for gap in gaps for e in (gap.a, gap.b) if 0 <= e < self.count}:
+                used.setdefault(event, []).append(s)
+        return fixed, used
+
+    def rows_at(self, fixed: Ints, used: dict[int, list[int]]) -> list[int]:
+        """Events that use a gap's storage, and between two of them the one that needs most."""
+        at = set(used)
+        edges = sorted({*at, *(bisect_right(self.phase, p) for p in range(self.phases)), -1, self.count})
+        for a, b in itertools.pairwise(edges):
+            if b > a + 1:
+                at.add(a + 1 + int(fixed[a + 1 : b].argmax()))
+        return sorted(e for e in at if e < self.count and self.trace.kind[e] != READ)
+
+    def solve(self, share: float, seconds: float) -> Decisions | None:
+        """The best decisions within a share of the budget, rounded; None where there are none, or not in time."""
+        from ortools.math_opt.python import mathopt
+
+        self.room.lower_bound = self.room.upper_bound = share * self.tables.problem.budget_bytes / UNIT
+        parameters = mathopt.SolveParameters(time_limit=timedelta(seconds=max(seconds, LEAST_SECONDS)))
+        try:
+            result = mathopt.solve(self.model, mathopt.SolverType.HIGHS, params=parameters)
+        except (AttributeError, RuntimeError, ValueError):  # as in milp.py: so some failures of the solver arrive here
+            return None
+        return self.decisions(result.variable_values()) if result.has_primal_feasible_solution() else None
+
+    def decisions(self, values: dict[Variable, float]) -> Decisions:
+        result = self.state.decisions.copy()
+        for s, gaps in self.gaps.items():
+            result.cuts.pop(s, None)
+            result.spilled.discard(s)
+            if s in self.home:
+                (result.away.discard if values[self.home[s]] >= KEPT else result.away.add)(s)
+            for gap in gaps:
+                stay = self.stay[gap]
+                if gap.b < self.count and not isinstance(stay, float) and values[stay] < KEPT and (gap.a >= 0 or s not in result.away):
+                    result.cut(s, self.group_of(gap.b))
+                    if s not in self.home:
+                        result.spilled.add(s)
+        return result
+
+
+def plans(tables: Tables, state: State, phases: int, deadline: float) -> Iterator[Decisions]:
+    """The state with what goes to disk decided anew, for some shares of the budget: rounded they may exceed it a little. Ends at the deadline
+    (time.monotonic)."""
+    if time.monotonic() > deadline:
+        return
+    plan = DiskPlan(tables, state, phases)
+    if not plan.gaps:
+        return
+    plan.build()
+    for share in SHARES:
+        left = deadline - time.monotonic()
+        decisions = plan.solve(share, left) if left > 0 else None
+        if decisions is None:
+            return
+        yield decisions

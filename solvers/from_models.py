@@ -1,0 +1,107 @@
+"""What models add to the greedy paths of a solve: plans of the global model, and of what goes to disk, each repaired, refilled and replayed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from solvers import disk_plan, milp
+from solvers.course import Course, disk_share, offer_state, weights_of
+from solvers.decode import Decisions, DecodeError, Tables
+from solvers.evict import Rates, State
+from solvers.greedy import SMALL_OPS, TINY_FRACTION, evaluate, first_decisions, next_state
+from solvers.improve import placed_us, refill
+from solvers.schedule import Run, Schedule
+
+MODEL_WORTH = 1.001  # times the bound: a schedule so good is left as it is
+MODEL_SECONDS = 2.0  # with less time left the global model is not tried
+MODEL_SHARE = 0.7  # of the time left
+REPAIRS = 30
+PLAN_PHASES = (32, 64, 32)  # of one disk plan after the other
+DISK_FULL = 1.4  # likewise: then the paths that spare the disk first
+REFILL_SECONDS = 3.0  # for one plan
+
+
+def offer_model(course: Course) -> None:
+    """The global model's plans, each repaired, refilled and replayed."""
+    tables, best = course.tables, course.best
+    if best.schedule is None or best.report is None:
+        return
+    weight = weights_of(tables.problem)[0]
+    for ways in (first_decisions(tables).choice, ways_of(tables, best.schedule)):
+        left = course.deadline - time.monotonic()
+        if best.report.time_us <= MODEL_WORTH * course.bound_us or left < MODEL_SECONDS:
+            return
+        found = False
+        for decisions in _if_any(milp.plans(tables, ways, time.monotonic() + MODEL_SHARE * left)):
+            state = _repaired(tables, decisions, weight)
+            if state is not None:
+                course.states.append((refill(tables, state, weight, course.deadline), weight))
+                offer_state(tables, best, course.states[-1][0], "model")
+                course.tell("model")
+                found = True
+        if found:
+            return
+
+
+def offer_plans(course: Course) -> None:
+    """For each new state that has transfers what goes to disk is decided anew, and again for the better half of what that leads to."""
+    chains = [(state, weight) for state, weight in course.states if id(state) not in course.planned and state.profile.transfer_us]
+    judge, disk_first = placed_us(course.tables), disk_share(course) >= DISK_FULL
+    chains.sort(key=lambda chain: -chain[1] if disk_first else chain[1])  # by weight
+    course.planned.update((id(state), state) for state, _ in chains)
+    for phases in PLAN_PHASES:
+        planned = [(_planned(course, state, weight, phases), weight) for state, weight in chains]
+        better = sorted(((state, weight) for state, weight in planned if state is not None), key=lambda chain: judge(chain[0]))
+        chains = better[: (len(better) + 1) // 2]
+
+
+def _planned(course: Course, start: State, weight: float, phases: int) -> State | None:
+    """The best of the plans for the state, repaired and refilled by both clocks; None without one."""
+    tables, judge = course.tables, placed_us(course.tables)
+    found: list[State] = []
+    for decisions in _if_any(disk_plan.plans(tables, start, phases, course.deadline)):
+        state = _repaired(tables, decisions, weight)
+        found += [state] if state is not None else []
+    if not found:
+        return None
+    state = min(found, key=judge)
+    offer_state(tables, course.best, state, "disk plan")
+    state = refill(tables, state, weight, min(course.deadline, time.monotonic() + REFILL_SECONDS), judge=judge)
+    offer_state(tables, course.best, state, "disk plan")
+    course.states.append((state, weight))
+    course.planned[id(state)] = state
+    course.tell(f"disk plan (transfers x {weight}, {phases} phases)")
+    return state
+
+
+def _if_any(plans: Iterator[Decisions]) -> Iterator[Decisions]:
+    """The plans; none without ortools."""
+    try:
+        yield from plans
+    except ImportError:
+        return
+
+
+def _repaired(tables: Tables, decisions: Decisions, weight: float) -> State | None:
+    """The state of the decisions, with evictions where it exceeds the budget; None if that fails."""
+    problem = tables.problem
+    try:
+        state: State | None = evaluate(tables, decisions)
+    except DecodeError:
+        return None
+    rates = Rates(weight, 0 if len(problem.ops) <= SMALL_OPS else int(problem.budget_bytes * TINY_FRACTION))
+    for _ in range(REPAIRS):
+        if state is None or state.profile.peak_bytes <= problem.budget_bytes:
+            return state
+        state = next_state(tables, state, problem.budget_bytes, rates)
+    return None
+
+
+def ways_of(tables: Tables, schedule: Schedule) -> list[int]:
+    """How the schedule runs every op; the fastest way for those that it doesn't run."""
+    result = list(first_decisions(tables).choice)
+    for step in schedule.steps:
+        if isinstance(step, Run):
+            result[step.op] = step.choice
+    return result

@@ -1,0 +1,189 @@
+"""Where the transfers of a trace go: the step is walked forward with both clocks, and the disk always does what is due first.
+
+Memory that the trace leaves free is what a transfer may overlap compute with: a read that begins early occupies it until its event, a write
+that ends late from the last use on. Before each event
+ * writes whose memory the event needs are waited for, and a read that is due is asked for;
+ * while the disk would run dry during the event, it gets the ready write or the fitting read with the earliest deadline.
+A read's deadline is its event, a write's the event that needs its memory.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from solvers.decode import READ, Decisions, Tables, Trace
+from solvers.emit import Ints, Moves, run_times
+from solvers.evict import State
+from solvers.schedule import Free, Offload, Prefetch, Wait
+
+HORIZONS = (0.008, 0.015, 0.03, 0.06, 0.12, 1.0)  # of the step's compute: how long before its event a read may begin
+LOOKAHEAD = 12  # reads that are asked whether they fit
+
+
+def overlapped(tables: Tables, decisions: Decisions, trace: Trace, live: Ints, horizon: float) -> Moves:
+    """The trace's transfers, beside its runs where the bytes that are free allow it."""
+    return Placement(tables, decisions, trace, live, horizon).run()
+
+
+def placed(tables: Tables, state: State, horizons: Sequence[float] = HORIZONS) -> tuple[int, Moves]:
+    """The least time with one of the horizons, as the replay counts it, and the transfers then. The state fits the budget."""
+    best: tuple[int, Moves] | None = None
+    for horizon in horizons:
+        placement = Placement(tables, state.decisions, state.trace, state.profile.live_bytes, horizon)
+        moves = placement.run()
+        if best is None or placement.clock < best[0]:
+            best = placement.clock, moves
+    assert best is not None
+    return best
+
+
+class Placement:
+    """One walk. horizon: how long before its event a read may begin, as a share of the step's compute."""
+
+    def __init__(self, tables: Tables, decisions: Decisions, trace: Trace, live: Ints, horizon: float) -> None:
+        self.tables, self.trace = tables, trace
+        self.count = len(trace.kind)
+        self.slack = tables.problem.budget_bytes - live
+        self.times = run_times(tables, decisions, trace)
+        self.before_us = [0, *np.cumsum(np.array(self.times, dtype=np.int64)).tolist()]
+        self.reads = [event for event, kind in enumerate(trace.kind) if kind == READ]
+        self.horizon_us = horizon * self.before_us[-1]
+        self.next_read = 0
+        self.moves: Moves = {}
+        self.done: dict[int, int] = {}  # read event -> time at which it is complete
+        self.complete: dict[int, int] = {}  # written instance -> likewise
+        self.clock = self.disk = 0
+        self.following = _next_births(trace)
+        self.blocked = self._blocked_until()
+        self.ready: dict[int, list[int]] = {}
+        self.past: dict[int, list[int]] = {}
+        for i in trace.writes:
+            self.ready.setdefault(trace.inst_ready[i] + 1, []).append(i)
+            self.past.setdefault(trace.inst_last[i] + 1, []).append(i)
+        self.queue: list[tuple[int, int]] = []  # (deadline, written instance), ready and not yet asked for
+        self.carried: list[int] = []  # written instances past their last use, still in memory
+
+    def _blocked_until(self) -> dict[int, int]:
+        """For every read event the event before which the storage is in memory once more, or a discarded copy; endless while that is to be
+        written."""
+        previous: dict[int, int] = {}
+        result = {}
+        written = set(self.trace.writes)
+        for i, storage in enumerate(self.trace.inst_storage):
+            birth = self.trace.inst_birth[i]
+            if birth >= 0 and self.trace.kind[birth] == READ and self.trace.subject[birth] == storage:
+                result[birth] = previous.get(storage, 0)
+            previous[storage] = self.count + 1 if i in written else self.trace.inst_last[i] + 1
+        for event, storage in self.trace.extra:
+            for birth, bound in result.items():
+                if self.trace.subject[birth] == storage and bound <= event < birth:
+                    result[birth] = event + 1
+        return result
+
+    def run(self) -> Moves:
+        for event in range(self.count):
+            self.queue_writes(event)
+            self.make_room(event)
+            if self.trace.kind[event] == READ:
+                if event not in self.done:
+                    self.ask_read(event, event)
+                self.clock = max(self.clock, self.done[event])
+            else:
+                self.keep_busy(event)
+                self.clock += self.times[event]
+        self.queue_writes(self.count)
+        self.make_room(self.count)
+        return self.moves
+
+    def queue_writes(self, event: int) -> None:
+        for i in self.ready.get(event, ()):
+            heapq.heappush(self.queue, (self.deadline(i), i))
+
+    def deadline(self, i: int) -> int:
+        """The event that needs the memory of a written instance."""
+        first, last = self.trace.inst_last[i] + 1, self.following[i]
+        short = self.slack[first:last] < self.tables.size[self.trace.inst_storage[i]]
+        return first + int(short.argmax()) if short.any() else last
+
+    def transfer(self, duration: int) -> int:
+        """As the replay does it; returns the time at which it is complete."""
+        self.disk = max(self.clock, self.disk) + duration
+        self.clock += math.floor(self.tables.problem.interference * duration)
+        return self.disk
+
+    def ask_read(self, read: int, event: int) -> None:
+        storage = self.trace.subject[read]
+        self.slack[event:read] -= self.tables.size[storage]
+        self.done[read] = self.transfer(self.tables.read_us[storage])
+        self.moves.setdefault(event, []).append(Prefetch(storage))
+
+    def ask_write(self, i: int, event: int) -> None:
+        storage = self.trace.inst_storage[i]
+        self.complete[i] = self.transfer(self.tables.write_us[storage])
+        self.moves.setdefault(event, []).append(Offload(storage))
+
+    def release(self, i: int, event: int) -> None:
+        """Wait for the write, and free."""
+        if i not in self.complete:
+            self.ask_write(i, event)
+        storage, following = self.trace.inst_storage[i], self.following[i]
+        self.clock = max(self.clock, self.complete[i])
+        self.moves.setdefault(event, []).extend([Wait(storage), Free(storage)])
+        if following in self.blocked:
+            self.blocked[following] = event
+
+    def make_room(self, event: int) -> None:
+        """Release what is written; of the others, what can't stay in memory during the event."""
+        kept = []
+        self.carried += self.past.get(event, ())
+        for i in sorted(self.carried, key=lambda i: (-self.complete.get(i, 1 << 62), i)):
+            size = self.tables.size[self.trace.inst_storage[i]]
+            if self.complete.get(i, 1 << 62) <= self.clock or event >= self.following[i] or self.slack[event] < size:
+                self.release(i, event)
+            else:
+                self.slack[event] -= size
+                kept.append(i)
+        self.carried = kept
+
+    def keep_busy(self, event: int) -> None:
+        """Ask for transfers until the disk has enough to do during the event."""
+        while self.disk < self.clock + self.times[event]:
+            while self.queue and self.queue[0][1] in self.complete:
+                heapq.heappop(self.queue)
+            read = self.fitting_read(event, self.queue[0][0] if self.queue else self.count)
+            if read >= 0:
+                self.ask_read(read, event)
+            elif self.queue:
+                self.ask_write(heapq.heappop(self.queue)[1], event)
+            else:
+                return
+
+    def fitting_read(self, event: int, before: int) -> int:
+        """The first read, of those due before a deadline, that may begin now; -1: none."""
+        while self.next_read < len(self.reads) and (self.reads[self.next_read] < event or self.reads[self.next_read] in self.done):
+            self.next_read += 1
+        for read in self.reads[self.next_read : self.next_read + LOOKAHEAD]:
+            if read > before or self.before_us[read] - self.before_us[event] > self.horizon_us:
+                return -1
+            if read in self.done or self.blocked[read] > event:
+                continue
+            if self.slack[event:read].min(initial=1 << 62) >= self.tables.size[self.trace.subject[read]]:
+                return read
+        return -1
+
+
+def _next_births(trace: Trace) -> dict[int, int]:
+    """For every written instance the event in which the next instance of its storage begins."""
+    following: dict[int, int] = {}
+    result = {}
+    written = set(trace.writes)
+    for i in range(len(trace.inst_storage) - 1, -1, -1):
+        storage = trace.inst_storage[i]
+        if i in written:
+            result[i] = following.get(storage, len(trace.kind))
+        following[storage] = trace.inst_birth[i]
+    return result
