@@ -14,6 +14,7 @@ module has the same names works.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -67,8 +68,15 @@ class Accelerator:
         return torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
 
     def pinned(self, size_bytes: int) -> torch.Tensor:
-        """Bytes of host memory that copies may read and write while the host goes on."""
-        return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+        """Bytes of host memory that copies may read and write while the host goes on: exactly so many. torch's own allocator of such memory rounds up
+        to a power of two, so where CUDA's runtime is at hand plain memory is registered with it. Raises RuntimeError where it can't be had."""
+        if not hasattr(self.module, "cudart"):
+            return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+        memory, runtime = torch.empty(size_bytes, dtype=torch.uint8), self.module.cudart()
+        if size_bytes:
+            self.module.check_error(int(runtime.cudaHostRegister(memory.data_ptr(), size_bytes, 0)))
+            weakref.finalize(memory, runtime.cudaHostUnregister, memory.data_ptr())
+        return memory
 
     def copy(self, kind: str, to: torch.Tensor, source: torch.Tensor) -> Copy:
         """Begin to copy bytes in the given direction."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+
 import pytest
 import torch
 from fake_accelerator import COMPUTE, FakeAccelerator
@@ -9,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mebp_compile.errors import DiskError, MeasureError, OutOfMemory
-from mebp_compile.measure.accelerator import READ, WRITE
+from mebp_compile.measure.accelerator import READ, WRITE, Accelerator
 from mebp_compile.measure.memory import flat_bytes
 from mebp_compile.runtime.engine import Engine
 from mebp_compile.runtime.host_slots import ALIGN, HostSlots
@@ -129,6 +132,40 @@ def test_flat_bytes_of_any_order_of_dimensions(shape: tuple[int, ...]) -> None:
     assert flat_bytes(turned).numel() == tensor.nbytes
     assert torch.equal(flat_bytes(turned), flat_bytes(tensor))
     assert flat_bytes(turned).data_ptr() == tensor.data_ptr()
+
+
+class Runtime:
+    """CUDA's runtime, which knows what is registered."""
+
+    def __init__(self) -> None:
+        self.registered: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, size_bytes: int, flags: int) -> int:
+        self.registered[address] = size_bytes
+        return 0 if size_bytes < 1 << 20 else 2
+
+    def cudaHostUnregister(self, address: int) -> int:
+        return self.registered.pop(address) * 0
+
+
+def test_pinned_memory_is_exact_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registered to the byte, and no longer once its store is closed; refused, it is an error."""
+    accelerator, runtime = FakeAccelerator(late=True), Runtime()
+    monkeypatch.setattr(accelerator, "pinned", functools.partial(Accelerator.pinned, accelerator))
+    monkeypatch.setattr(accelerator.module, "cudart", lambda: runtime, raising=False)
+    monkeypatch.setattr(accelerator.module, "check_error", check_error, raising=False)
+    store = slots_on(accelerator)
+    assert list(runtime.registered.values()) == [slots_of(SIZES, ALIGN)[1]]
+    store.close()
+    gc.collect()
+    assert not runtime.registered
+    with pytest.raises(RuntimeError, match="code 2"):
+        accelerator.pinned(1 << 20)
+
+
+def check_error(code: int) -> None:
+    if code:
+        raise RuntimeError(f"CUDA error: out of memory, code {code}")
 
 
 def test_draws_are_replayed_from_both_generators() -> None:
