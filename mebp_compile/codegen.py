@@ -46,6 +46,7 @@ class _Writer:
             graph_value.storage: graph_value for graph_value in reversed(self.graph.values) if graph_value.name not in self.graph.view
         }
         self.writing: dict[int, str] = {}
+        self.outside = "host" if self.graph.device else "disk"
 
     # --- the program ---
 
@@ -203,13 +204,13 @@ class _Writer:
         name = self._use(self.base[storage].name)
         size = format_bytes(self.graph.storages[storage].size_bytes)
         self.writing[storage] = "offload"
-        self._line(f"run.offload({self.graph.storages[storage].name!r}, {name})", f"to disk, {size}")
+        self._line(f"run.offload({self.graph.storages[storage].name!r}, {name})", f"to {self.outside}, {size}")
 
     def _prefetch(self, number: int, storage: int) -> None:
         buffer = self._buffer(number, self.base[storage].name)
         size = format_bytes(self.graph.storages[storage].size_bytes)
         self.writing[storage] = "prefetch"
-        self._line(f"run.prefetch({self.graph.storages[storage].name!r}, {buffer})", f"from disk, {size}")
+        self._line(f"run.prefetch({self.graph.storages[storage].name!r}, {buffer})", f"from {self.outside}, {size}")
 
     def _wait(self, storage: int) -> None:
         name = self.base[storage].name

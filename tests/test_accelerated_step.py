@@ -80,6 +80,9 @@ def test_same_bits_inside_both_budgets(recipe: Recipe, fraction: float, accelera
     budget = Budget(device=int(smallest + fraction * (keep_all - smallest)), host="1GB")
     step = assert_same_training(recipe.build, budget, offload="host")
     assert step.plan.report.prefetches > 0
+    assert "# from host, " in step.code
+    assert "disk" not in step.code + str(step) + step.explain()
+    assert "for what leaves the device" in str(step)
     check(step, accelerator, budget)
 
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from mebp_compile.config import format_bytes
 from mebp_compile.errors import OptionError
-from mebp_compile.explain.words import USERS_SHOWN, close_matches, count, duration, more, place_of
+from mebp_compile.explain.words import USERS_SHOWN, close_matches, count, duration, more, outside, place_of
 from mebp_compile.graph import Graph, describe, inputs_of
 from mebp_compile.place import Life
 from mebp_compile.planning import Plan
@@ -90,7 +90,7 @@ def _home(graph: Graph, plan: Plan, index: int) -> str:
     problem = plan.problem.storages[index]
     if problem.persistent:
         resident = not problem.movable or index in plan.schedule.resident
-        return "memory, before and after the step" if resident else "disk: in memory only while it is used"
+        return "memory, before and after the step" if resident else f"{outside(graph)}: in memory only while it is used"
     if index in {graph.storage_of(name) for _, name in graph.results}:
         return "a result of the step: it stays with the caller, outside of the arena"
     return "made and dropped within the step"
@@ -104,7 +104,7 @@ def _story(graph: Graph, plan: Plan, index: int, seen: Walk) -> list[str]:
         lines.append(f"{_span(life):14} {_birth(graph, plan, life, seen)}; kept {_where(plan, life)}")
     for issued, item in transfers.items():
         wait = seen.clocks.end_us[item.waited] - seen.clocks.start_us[item.waited]
-        verb = "written to disk" if item.write else "read from disk"
+        verb = f"{'written to' if item.write else 'read from'} {outside(graph)}"
         lines.append(
             f"{f'step {issued}':14} {verb} ({duration(item.end_us - item.start_us)}), complete at step {item.waited}, waits {duration(wait)}"
         )
@@ -128,7 +128,7 @@ def _birth(graph: Graph, plan: Plan, life: Life, seen: Walk) -> str:
         return "it is there before the step"
     step = plan.schedule.steps[life.start]
     if isinstance(step, Prefetch):
-        return "fetched from disk"
+        return f"fetched from {outside(graph)}"
     assert isinstance(step, Run)
     if not seen.again[life.start]:
         return f"made by {graph.ops[step.op].name}"
@@ -202,5 +202,5 @@ def _ways_back(graph: Graph, plan: Plan, index: int) -> list[str]:
         ways.append(f"{duration(min(choice.time_us for choice in problem.ops[made].choices))} or more to recompute")
     if storage.movable and problem.can_offload:
         write_us, read_us = (math.ceil(storage.size_bytes / speed) for speed in (problem.write_bytes_per_us, problem.read_bytes_per_us))
-        ways.append(f"{duration(2 * problem.latency_us + write_us + read_us)} of disk time")
+        ways.append(f"{duration(2 * problem.latency_us + write_us + read_us)} of transfers")
     return ways

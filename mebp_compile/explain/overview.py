@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mebp_compile.config import format_bytes
 from mebp_compile.errors import OptionError
-from mebp_compile.explain.words import bytes_or_dash, close_matches, columns, count, duration, extra_time, percent, proven_gap
+from mebp_compile.explain.words import bytes_or_dash, close_matches, columns, count, duration, extra_time, outside, percent, proven_gap
 from mebp_compile.graph import Graph
 from mebp_compile.place import Life
 from mebp_compile.planning import Plan
@@ -27,7 +27,8 @@ def summary(graph: Graph, plan: Plan) -> str:
             f"({percent(plan.peak_bytes, plan.problem.budget_bytes)} of it) {_peak_place(graph, plan)}",
             f"        keep-all would need {format_bytes(plan.keep_all_bytes)}",
             f"time    {duration(plan.time_us)} predicted, {extra_time(plan)}; {plan.method or 'schedule'}, {proven_gap(plan)}",
-            f"how     {_means(plan)}",
+            f"how     {_means(graph, plan)}",
+            *_host(plan),
         ]
     )
 
@@ -42,7 +43,12 @@ def _peak_place(graph: Graph, plan: Plan) -> str:
     return f"at step {number}: {step_label(graph, step)}{where}"
 
 
-def _means(plan: Plan) -> str:
+def _host(plan: Plan) -> list[str]:
+    limit = plan.problem.away_limit_bytes
+    return [] if limit is None else [f"host    {format_bytes(plan.report.away_bytes)} of {format_bytes(limit)} for what leaves the device"]
+
+
+def _means(graph: Graph, plan: Plan) -> str:
     report = plan.report
     if not (report.recomputes or report.offloads or report.prefetches):
         return "nothing is recomputed or moved: everything fits as it is"
@@ -54,7 +60,7 @@ def _means(plan: Plan) -> str:
     if report.prefetches:
         parts.append(f"{count(report.prefetches, 'prefetch', 'prefetches')} ({format_bytes(report.read_bytes)} read)")
     if report.offloads or report.prefetches:
-        parts.append(f"{duration(report.stall_us)} spent waiting for the disk")
+        parts.append(f"{duration(report.stall_us)} spent waiting for the {outside(graph)}")
     return ", ".join(parts)
 
 
@@ -82,7 +88,7 @@ def explain(graph: Graph, plan: Plan, module: str | None = None) -> str:
 
 LEGEND = (
     "kept: forward tensors that stay in memory until the backward has used them. recomputed: runs beyond an op's first.\n"
-    "offloaded: bytes written to disk. outside the arena: tensors that the allocator holds, summed over the step. time: all runs."
+    "offloaded: bytes written out of memory. outside the arena: tensors that the allocator holds, summed over the step. time: all runs."
 )
 
 

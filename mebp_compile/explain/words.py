@@ -6,10 +6,15 @@ import difflib
 from collections.abc import Sequence
 
 from mebp_compile.config import format_bytes
-from mebp_compile.graph import Op
+from mebp_compile.graph import Graph, Op
 from mebp_compile.planning import Plan
 
 USERS_SHOWN = 8
+
+
+def outside(graph: Graph) -> str:
+    """Where storages lie that are not in memory."""
+    return "host memory" if graph.device else "disk"
 
 
 def close_matches(name: str, known: Sequence[str]) -> str:
