@@ -21,6 +21,7 @@ import torch
 from mebp_compile.artifacts import load_artifacts, save_artifacts
 from mebp_compile.capture import State
 from mebp_compile.capture.contract import Contract, from_json, to_json
+from mebp_compile.capture.devices import device_of
 from mebp_compile.config import Options, cache_dir
 from mebp_compile.cost import fingerprint
 from mebp_compile.errors import CacheError, MebpError
@@ -72,7 +73,8 @@ def program_key(step_fn: Callable[..., Any], state: State, options: Options, sig
     """A digest of everything that decides the program."""
     facts = (
         [(name, _version(name)) for name in LIBRARIES],
-        fingerprint(),
+        fingerprint(device_of(state)),
+        device_of(state),
         _code(step_fn),
         [_code(function) for function in state.reach.functions],
         [fact for root, module in state.modules.items() for fact in _modules(root, module)],

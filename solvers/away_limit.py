@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from solvers.check import replay
+from solvers.decode import Tables
 from solvers.problem import Problem
 from solvers.schedule import Free, Offload, Prefetch, Run, Schedule
 
@@ -49,7 +50,7 @@ def _as_fit(problem: Problem, order: Iterable[int]) -> Collection[int]:
 def _worth(problem: Problem, schedule: Schedule) -> dict[int, float]:
     """For each storage that the schedule sends away: microseconds of compute during which it is not in memory, for each microsecond of its
     transfers."""
-    clock, moved, away_us = 0, Counter[int](), Counter[int]()
+    tables, clock, moved, away_us = Tables(problem), 0, Counter[int](), Counter[int]()
     home = {s for s, info in enumerate(problem.storages) if info.persistent and info.movable and s not in schedule.resident}
     left = dict.fromkeys(home, 0)  # storage -> when it left memory
     gone = set(home)  # what has a copy outside of memory
@@ -58,10 +59,10 @@ def _worth(problem: Problem, schedule: Schedule) -> dict[int, float]:
             clock += problem.ops[step.op].choices[step.choice].time_us
         elif isinstance(step, Offload):
             gone.add(step.storage)
-            moved[step.storage] += problem.latency_us + int(problem.storages[step.storage].size_bytes / problem.write_bytes_per_us)
+            moved[step.storage] += tables.write_us[step.storage]
         elif isinstance(step, Prefetch):
             away_us[step.storage] += clock - left.pop(step.storage, clock)
-            moved[step.storage] += problem.latency_us + int(problem.storages[step.storage].size_bytes / problem.read_bytes_per_us)
+            moved[step.storage] += tables.read_us[step.storage]
         elif isinstance(step, Free) and step.storage in gone:
             left[step.storage] = clock
     for storage in home & left.keys():

@@ -18,7 +18,7 @@ MODEL_SECONDS = 2.0  # with less time left the global model is not tried
 MODEL_SHARE = 0.7  # of the time left
 REPAIRS = 30
 PLAN_PHASES = (32, 64, 32)  # of one disk plan after the other
-DISK_FULL = 1.4  # likewise: then the paths that spare the disk first
+DISK_FULL = 1.4  # of the compute, that transfers take: then the paths that spare the disk first
 REFILL_SECONDS = 3.0  # for one plan
 
 

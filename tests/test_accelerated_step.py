@@ -3,8 +3,8 @@ as late as they may. Equal to eager bit for bit, and inside both budgets."""
 
 from __future__ import annotations
 
+import functools
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ import torch
 from law1 import assert_same_training, estimated_costs
 from models import Recipe, Training
 
-from mebp_compile import compiler
+from mebp_compile import cache, compiler
 from mebp_compile.capture import devices
 from mebp_compile.compiler import CompiledStep, optimize
 from mebp_compile.config import Budget
@@ -34,7 +34,7 @@ def accelerator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     return fake
 
 
-@cache
+@functools.cache
 def limits(recipe: Recipe, host: int | str = "1GB", weights: str | None = None) -> tuple[int, int]:
     """The smallest device budget found, and what keep-all needs."""
     training = recipe.build()
@@ -138,6 +138,17 @@ def test_a_fixed_schedule_has_its_own_needs(accelerator: FakeAccelerator) -> Non
     fixed = optimize(training.step, Budget(device="1GB", host=1), offload="host", weights="int8", solver="per_layer", cache=False)
     with estimated_costs(), pytest.raises(BudgetError, match="bytes in host memory"):
         fixed.prepare(*training.batch(0))
+
+
+def test_a_kept_program_is_for_its_device(accelerator: FakeAccelerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its text names the device: the same step on the CPU, or on another accelerator, has another program."""
+    training, keys = Recipe("qwen2", "sgd").build(), set()
+    monkeypatch.setattr(cache, "fingerprint", lambda device: "the same machine")
+    step = optimize(training.step, "1GB", cache=False)
+    for place in ("", "fake:0", "fake:1"):
+        monkeypatch.setattr(devices, "place_of", lambda tensor, place=place: place)
+        keys.add(cache.program_key(step.step_fn, step.state, step.options, (), None))
+    assert len(keys) == 3
 
 
 def test_a_host_is_beside_an_accelerator() -> None:

@@ -14,6 +14,7 @@ module has the same names works.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import Any
 
@@ -41,8 +42,9 @@ class Copy:
         self._ends = ()
 
 
+@functools.cache
 def accelerator_of(place: str) -> Accelerator | None:
-    """The accelerator of a place ("cuda:0"); nothing for the CPU."""
+    """The accelerator of a place ("cuda:0"), one object for each, with its streams; nothing for the CPU."""
     return Accelerator(place) if place else None
 
 

@@ -128,16 +128,18 @@ def _measure_one(request: Json) -> Json:
 
 
 def _measure_op(request: Json) -> Json:
-    accelerator = accelerator_of(request.get("device", ""))
-    if accelerator is not None:
-        return _measure_on(accelerator, request)
     call, given = _decoded(request)
-    once_bytes, _ = _malloc_of(call, given, warm=False)
-    workspace_bytes, outputs = _malloc_of(call, given, warm=True)
+    accelerator = accelerator_of(request.get("device", ""))
+    memory_of = _malloc_of if accelerator is None else functools.partial(_memory_on, accelerator)
+    once_bytes, _ = memory_of(call, given, warm=False)
+    workspace_bytes, outputs = memory_of(call, given, warm=True)
     retained_bytes = sum(storage.nbytes() for storage in _new_storages(outputs, given))
     described = [_describe(tensor, given) for tensor in tree_leaves(outputs) if isinstance(tensor, torch.Tensor)]
     del outputs
-    time_us, runs = _time_and_runs(call, _other_work(request.get("between_bytes", 0)))
+    if accelerator is None:
+        time_us, runs = _time_and_runs(call, _other_work(request.get("between_bytes", 0)))
+    else:
+        time_us, runs = time_of_call(accelerator, call)
     return {
         "time_us": time_us,
         "runs": runs,
@@ -148,25 +150,11 @@ def _measure_op(request: Json) -> Json:
     }
 
 
-def _measure_on(accelerator: Accelerator, request: Json) -> Json:
-    """The same on an accelerator."""
-    call, given = _decoded(request)
-    _, once_bytes, outputs = memory_of_call(accelerator, call)
-    once_bytes -= sum(storage.nbytes() for storage in _new_storages(outputs, given))
-    del outputs
-    peak_bytes, _, outputs = memory_of_call(accelerator, call)
-    retained_bytes = sum(storage.nbytes() for storage in _new_storages(outputs, given))
-    described = [_describe(tensor, given) for tensor in tree_leaves(outputs) if isinstance(tensor, torch.Tensor)]
-    del outputs
-    time_us, runs = time_of_call(accelerator, call)
-    return {
-        "time_us": time_us,
-        "runs": runs,
-        "workspace_bytes": max(0, peak_bytes - retained_bytes),
-        "retained_bytes": retained_bytes,
-        "once_bytes": max(0, once_bytes),
-        "outputs": described,
-    }
+def _memory_on(accelerator: Accelerator, call: Callable[[], Any], given: set[int], warm: bool) -> tuple[int | None, Any]:
+    """What `_malloc_of` says, of an accelerator's allocator."""
+    peak_bytes, after_bytes, outputs = memory_of_call(accelerator, call)
+    beyond_bytes = peak_bytes if warm else after_bytes
+    return max(0, beyond_bytes - sum(storage.nbytes() for storage in _new_storages(outputs, given))), outputs
 
 
 def _decoded(request: Json) -> tuple[Callable[[], Any], set[int]]:

@@ -63,8 +63,10 @@ class ActivationStore(SlotStore):
         slot = self.has_part(name, offset, buffer.nbytes)
         read_all(self._fd, slot.offset + offset, memory_of(buffer))
 
-    def after_read(self, slot: Slot) -> None:
-        if self._drop_cache:
+    def wait(self, name: str) -> None:
+        ticket, slot = self._pending.get(name), self.slots.get(name)
+        super().wait(name)
+        if self._drop_cache and ticket is not None and ticket.kind == "read" and slot is not None:
             with contextlib.suppress(OSError):  # advice only
                 os.posix_fadvise(self._fd, slot.offset, slot.size_bytes, os.POSIX_FADV_DONTNEED)
 

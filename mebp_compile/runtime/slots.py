@@ -7,6 +7,7 @@ needed at the same time; reading a slot that another has overwritten is refused.
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -41,7 +42,7 @@ class Pending(Protocol):
     def wait(self) -> None: ...
 
 
-class SlotStore:
+class SlotStore(ABC):
     """The order of transfers of slots, checked: a subclass says how one begins (`begin_write`, `begin_read`) and where it all ends
     (`release`). Raises DiskError for a slot beyond `capacity_bytes`."""
 
@@ -53,26 +54,25 @@ class SlotStore:
         _check_slots(self.slots, capacity_bytes)
         self._sharing = _sharing(self.slots)
 
+    @abstractmethod
     def begin_write(self, slot: Slot, tensor: torch.Tensor | torch.UntypedStorage) -> Pending:
-        raise NotImplementedError
+        """Begin to move the tensor's bytes to the slot."""
 
+    @abstractmethod
     def begin_read(self, slot: Slot, tensor: torch.Tensor | torch.UntypedStorage) -> Pending:
-        raise NotImplementedError
+        """Begin to move the tensor's bytes from the slot."""
 
+    @abstractmethod
     def size_of(self, tensor: torch.Tensor | torch.UntypedStorage) -> int:
         """Bytes of what is to be moved. Raises MeasureError for a tensor with gaps."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read_part(self, name: str, offset: int, buffer: torch.Tensor) -> None:
         """Fill the buffer with bytes of a slot, from byte `offset` of it on; no write of it may be under way."""
-        raise NotImplementedError
 
-    def after_read(self, slot: Slot) -> None:
-        """A read of the slot is over."""
-
+    @abstractmethod
     def release(self) -> None:
         """Give the memory or the file back. Loses nothing, raises nothing."""
-        raise NotImplementedError
 
     def offload(self, name: str, tensor: torch.Tensor | torch.UntypedStorage) -> None:
         """Begin to write the tensor's bytes to its slot. It must stay alive and unchanged until `wait(name)`."""
@@ -111,8 +111,6 @@ class SlotStore:
                 if ticket.kind == "write":
                     self._valid.discard(name)
                 raise
-        if ticket.kind == "read":
-            self.after_read(self.slots[name])
 
     @property
     def pending(self) -> tuple[str, ...]:
