@@ -23,6 +23,7 @@ from torch.nn.utils import stateless
 
 from mebp_compile.errors import GraphError
 
+CPU = torch.device("cpu")
 FRAMES_KEPT = 3  # of the stack of each node
 
 
@@ -45,7 +46,7 @@ def fake_construction(mode: FakeTensorMode) -> contextlib.AbstractContextManager
     return mode
 
 
-def fake_tensor(mode: FakeTensorMode, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def fake_tensor(mode: FakeTensorMode, tensor: torch.Tensor, device: torch.device = CPU) -> torch.Tensor:
     """A fake of a real tensor (sharing storage as the real ones do), or one on `device` of a meta tensor."""
     if tensor.device.type != "meta":
         grad = tensor.grad if tensor.is_leaf else None
