@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import operator
 import traceback
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx import proxy
 from torch.fx.experimental import proxy_tensor
 from torch.fx.traceback import annotate_fn, preserve_node_meta
 from torch.nn.utils import stateless
@@ -130,14 +132,34 @@ def _transformers_branch_as_in_eager() -> Iterator[None]:
 
 
 def make_fx(function: Callable[..., Any], fakes: list[torch.Tensor]) -> torch.fx.GraphModule:
-    with mock.patch.object(proxy_tensor.PythonKeyTracer, "_filter_traceback_frames", _user_frames):
+    tracer = proxy_tensor.PythonKeyTracer
+    with mock.patch.object(proxy, "CapturedTraceback", _UserFrames), mock.patch.object(tracer, "_filter_traceback_frames", _as_it_is):
         return proxy_tensor.make_fx(function, record_stack_traces=True)(*fakes)
 
 
-def _user_frames(tracer: Any, frames: traceback.StackSummary) -> traceback.StackSummary:
-    """The innermost frames outside torch and this package (torch itself keeps only those below a function named `forward`)."""
-    own = [frame for frame in frames if "/torch/" not in frame.filename and "/mebp_compile/" not in frame.filename]
-    return traceback.StackSummary.from_list(own[-FRAMES_KEPT:])
+class _UserFrames:
+    """In the place of torch's traceback, which looks up every frame of every node (a quarter of a capture): the innermost frames outside torch and
+    this package (torch's own filter keeps only those below a function named `forward`)."""
+
+    extract = classmethod(lambda cls: cls())
+
+    def summary(self) -> traceback.StackSummary:
+        return traceback.StackSummary.from_list(list(itertools.islice(_user_frames(), FRAMES_KEPT))[::-1])
+
+
+def _as_it_is(tracer: Any, frames: traceback.StackSummary) -> traceback.StackSummary:
+    return frames
+
+
+def _user_frames() -> Iterator[traceback.FrameSummary]:
+    """The frames of the present call that belong to neither torch nor this package, the innermost first."""
+    for frame, line in traceback.walk_stack(None):
+        if _of_the_user(frame.f_code.co_filename):
+            yield traceback.FrameSummary(frame.f_code.co_filename, line, frame.f_code.co_name, lookup_line=False)
+
+
+def _of_the_user(filename: str) -> bool:
+    return "/torch/" not in filename and "/mebp_compile/" not in filename
 
 
 def reparametrized(module: nn.Module, tensors: dict[str, torch.Tensor]) -> contextlib.AbstractContextManager[Any]:
@@ -238,19 +260,12 @@ def is_random(target: Any) -> bool:
 
 def user_line() -> str:
     """`file:line` of the innermost frame that belongs to neither torch nor this package."""
-    for frame in reversed(traceback.extract_stack()):
-        if "/torch/" not in frame.filename and "/mebp_compile/" not in frame.filename:
-            return f"{frame.filename}:{frame.lineno}"
-    return ""
+    return next((f"{frame.filename}:{frame.lineno}" for frame in _user_frames()), "")
 
 
 def raising_line(error: BaseException) -> str:
     """`file:line` of the innermost frame of the user's code (or of a model library) that an exception passed through."""
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if "/torch/" not in frame.filename and "/mebp_compile/" not in frame.filename
-    ]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _of_the_user(frame.filename)]
     own = [frame for frame in frames if "site-packages" not in frame.filename and "<" not in frame.filename] or frames
     return f"{own[-1].filename}:{own[-1].lineno} ({own[-1].line})" if own else "an unknown line"
 

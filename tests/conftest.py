@@ -7,9 +7,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import hypothesis
 import pytest
+
+from mebp_compile import cost
 
 hypothesis.settings.register_profile("same", deadline=None, derandomize=True)  # `make test` is green or red for what changed, not by chance
 hypothesis.settings.register_profile("explore", deadline=None)  # `make test-all`
@@ -25,6 +28,13 @@ def disk_folder() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(dir=FOLDER))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_measurements() -> Iterator[None]:
+    """Little other memory goes through the caches between measured calls: no test depends on what an op takes in a real step."""
+    with mock.patch.object(cost, "BETWEEN_BYTES", 1 << 16):
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

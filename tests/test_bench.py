@@ -104,6 +104,7 @@ def test_the_command_writes_table_verdicts_and_picture(text: Path, disk_folder: 
     assert all(row["peak_bytes"] > 0 and row["median_s"] == row["seconds"][0] for row in saved[:-2])
 
 
+@pytest.mark.slow
 def test_torch_recomputes_by_tags(text: Path) -> None:
     """torch's own pass over the whole step: losses as in eager, fewer bytes of tensors."""
     kinds = ("remat_by_tags", "eager")

@@ -77,9 +77,10 @@ TIGHT = {
     "llama-accumulation": Recipe("llama", mask="padded", attention="eager", micro_batches=2, zero="first", sequence=48, optimizer="sgd"),
     "gemma3-autocast": Recipe("gemma3", autocast=True, sequence=32, clip=1.0, optimizer="adamw-fused"),
 }
+SLOW = ("llama-accumulation", "gemma3-autocast")
 
 
-@pytest.mark.parametrize("name", TIGHT)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in TIGHT])
 def test_a_tight_budget_changes_no_bit(name: str) -> None:
     """With recompute (of dropout too: the generator is replayed and put back) results are the same, and the plan keeps the budget."""
     recipe = TIGHT[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import statistics
 import threading
@@ -16,7 +17,7 @@ from mebp_compile.measure.disk import scratch_file
 
 BLOCK_BYTES, FILE_BYTES = 2 << 20, 128 << 20  # a packed weight, about; more than the caches of a core hold
 TOKENS, FEATURES, WIDTH = 256, 896, 4864
-CALLS, PAIRS = 40, 5
+SECONDS, PAIRS = 0.1, 5  # of matmuls, alone and beside the copies: 40 calls with AVX-512, one where bf16 is emulated
 
 
 def measure_interference(folder: Path) -> float:
@@ -25,19 +26,19 @@ def measure_interference(folder: Path) -> float:
     x, weight = torch.randn(TOKENS, FEATURES).bfloat16(), torch.randn(WIDTH, FEATURES).bfloat16()
     out = torch.empty(TOKENS, WIDTH, dtype=torch.bfloat16)
 
-    def multiply_s() -> float:
+    def multiply_s(calls: int) -> float:
         start = time.perf_counter()
-        for _ in range(CALLS):
+        for _ in range(calls):
             torch.mm(x, weight.t(), out=out)
         return time.perf_counter() - start
 
-    multiply_s()
-    shares = []
+    multiply_s(1)
+    calls, shares = math.ceil(SECONDS / multiply_s(1)), []
     with scratch_file(folder, FILE_BYTES) as fd:
         for _ in range(PAIRS):
-            alone = multiply_s()
+            alone = multiply_s(calls)
             with _copying(fd):
-                shares.append(1 - alone / multiply_s())
+                shares.append(1 - alone / multiply_s(calls))
     return min(1.0, max(0.0, statistics.median(shares)))
 
 

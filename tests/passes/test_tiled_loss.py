@@ -272,7 +272,7 @@ STREAMED: dict[str, tuple[str, tuple[tuple[str, Any], ...], float]] = {
 }
 
 
-@pytest.mark.parametrize("name", list(STREAMED))
+@pytest.mark.parametrize("name", [pytest.param("plain", marks=pytest.mark.slow), "capped and smoothed"])
 def test_a_streamed_head_is_read_tile_by_tile(name: str, disk_folder: Path) -> None:
     """int4 weights on disk and a budget below the dense head: a loop of rows, and the loss of the step on the dequantised weights."""
     family, config, smoothing = STREAMED[name]

@@ -230,7 +230,8 @@ def nothing_left(folder: Path) -> Iterator[None]:
 
 def _remaining_threads() -> list[threading.Thread]:
     """The transfer threads, once those that were told to end had a moment for it."""
-    gc.collect()
+    if transfer_threads():
+        gc.collect()
     end = time.monotonic() + ENDING_S
     while transfer_threads() and time.monotonic() < end:
         time.sleep(0.001)

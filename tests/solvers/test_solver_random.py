@@ -49,9 +49,9 @@ def test_greedy_answers(batch: int) -> None:
     assert found > 1700 / BATCHES / 2
 
 
-@pytest.mark.parametrize("batch", [*range(BATCHES // 2), *(pytest.param(k, marks=pytest.mark.slow) for k in range(BATCHES // 2, BATCHES))])
+@pytest.mark.parametrize("batch", [0, 1, *(pytest.param(k, marks=pytest.mark.slow) for k in range(2, BATCHES))])
 def test_optimum_or_better(batch: int) -> None:
-    """200 of them, half in every run: as good as the best in base order with transfers one at a time, or better, for order and transfers are free."""
+    """200 of them, a fifth in every run: as good as the best in base order with transfers one at a time, or better."""
     for seed in range(batch, 200, BATCHES):
         problem = small(20_000 + seed)
         solution = solved(problem, "proof")
