@@ -34,6 +34,7 @@ from mebp_compile.measure.meter import PeakRss, StorageMeter
 from mebp_compile.progress import Progress
 from mebp_compile.runtime.bind import bind_weights, dense_weights
 from mebp_compile.runtime.metering import meter_process, meter_storages
+from mebp_compile.torch_private import multiplies_bfloat16
 
 OUT = Path(__file__).resolve().parent.parent / "out"
 TEXT = Path(pydoc_data.topics.__file__)
@@ -41,7 +42,9 @@ COMPARED_STEPS = 3
 
 
 def settings(budget: str) -> finetune.Settings:
-    return finetune.Settings("qwen2.5-0.5b", budget, weights="int4", lr=1e-3, offload=OUT / "scratch", store=OUT / "qwen2.5-0.5b-int4")
+    dtype = "bfloat16" if multiplies_bfloat16() else "float32"
+    store = OUT / f"qwen2.5-0.5b-int4-{dtype}"
+    return finetune.Settings("qwen2.5-0.5b", budget, weights="int4", lr=1e-3, offload=OUT / "scratch", store=store, dtype=dtype)
 
 
 def text_batches(chosen: finetune.Settings) -> Any:

@@ -58,7 +58,7 @@ def call(op: Op, names: Mapping[str, str], out: tuple[str, ...] = ()) -> str:
         return _number(op.target, args)
     name = op.target.split(".")[1]
     if op.target.startswith(("run.", "tile.", "rows.")):
-        return _verb(op.target, args, out)
+        return _verb(op.target, [*args, *kwargs], out)
     if op.target == "aten._local_scalar_dense.default":
         return f"{args[0]}.item()"
     if out:
@@ -95,8 +95,8 @@ def _filled(op: Op, args: list[str], kwargs: list[str], out: tuple[str, ...]) ->
         return f"{out[0]}.fill_({args[1]})"
     if op.out_target == "empty":
         return out[0]
-    name = op.target.split(".")[1]
-    function = f"torch.{name}" if name in FUNCTIONS and op.out == ("out",) else _overload(op.out_target)
+    known = op.out == ("out",) and _is_function(op.target)
+    function = _function(op.target) if known else _overload(op.out_target)
     outs = [f"{key}={buffer}" for key, buffer in zip(op.out, out, strict=True)]
     return f"{function}({', '.join([*args, *kwargs, *outs])})"
 
@@ -106,8 +106,12 @@ def _view(name: str, op: Op, args: list[str]) -> str:
 
 
 def _function(target: str) -> str:
-    namespace, name, _ = (target.split(".") + ["default"])[:3]
-    return f"torch.{name}" if namespace == "aten" and name in FUNCTIONS else _overload(target)
+    return f"torch.{target.split('.')[1]}" if _is_function(target) else _overload(target)
+
+
+def _is_function(target: str) -> bool:
+    namespace, name = target.split(".")[:2]
+    return namespace == "aten" and name in FUNCTIONS
 
 
 def _overload(target: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from mebp_compile.graph import Graph, LoopChoice, Op, block_ops, inputs_of
 from mebp_compile.lower.chunk_body import overwritten
 from mebp_compile.lower.cuts import block_rows, tile_size
+from mebp_compile.lower.products import MULTIPLY, WIDENED
 from mebp_compile.lower.tables import itemsize
 from mebp_compile.overhead import VIEW_BYTES, allocated_bytes
 
@@ -71,7 +72,8 @@ def _tile_request(body: Graph, op: Op) -> Json:
     dtype, transposed = body.value[op.args[1]].dtype, op.args[3]
     first = {"shape": [rows, inner], "dtype": dtype, "fill": "normal"}
     second = {"shape": [inner, size], "stride": [1, inner] if transposed else [size, 1], "dtype": dtype, "fill": "normal"}
-    return {"target": "aten.mm.default", "args": [{"tensor": first}, {"tensor": second}], "kwargs": {}}
+    target = WIDENED if op.kwargs else MULTIPLY
+    return {"target": target, "args": [{"tensor": first}, {"tensor": second}], "kwargs": {}}
 
 
 def tile_columns(body: Graph, op: Op) -> int:

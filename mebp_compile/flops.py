@@ -56,8 +56,10 @@ def _head(products: int, x: int) -> Callable[[Op, Shapes], int]:
 
 COUNTS: dict[str, Callable[[Op, Shapes], int]] = {
     "aten.mm.default": _product(0),
+    "mebp.mm.default": _product(0),
     "aten.bmm.default": _product(0),
     "aten.addmm.default": _product(1),
+    "mebp.addmm.default": _product(1),
     "aten.baddbmm.default": _product(1),
     "aten._scaled_dot_product_flash_attention_for_cpu.default": _attention(2, 0, 4),
     "aten._scaled_dot_product_flash_attention_for_cpu_backward.default": _attention(5, 1, 7),

@@ -12,7 +12,8 @@ from typing import Any
 from mebp_compile.graph import Graph, LoopChoice, Op, Ref, Value
 from mebp_compile.lower.cuts import tile_size
 from mebp_compile.lower.loss_loop import TILED_LOSS
-from mebp_compile.lower.stream import MATMULS, Record
+from mebp_compile.lower.products import ADD_MULTIPLY, MATMULS, MULTIPLY, WIDENED, in_blocks
+from mebp_compile.lower.stream import Record
 from mebp_compile.lower.tables import itemsize
 from mebp_compile.overhead import fault_us
 
@@ -46,7 +47,8 @@ def _tile_requests(graph: Graph, op: Op, trips: int, records: Mapping[str, Recor
     tiles = max(1, LOSS_ROWS // tile_size(width, trips)) if loss else 1
     work = _loss_tiles(graph, op, trips, tiles) if loss else _matmul_tile(graph, op, trips)
     make = _make_tile(graph, op, trips, records)
-    return TileRequests(work | between, tiles, make and make | between, None if loss else _check(graph, op, trips))
+    check = None if loss or in_blocks(op.target) else _check(graph, op, trips)
+    return TileRequests(work | between, tiles, make and make | between, check)
 
 
 def _make_tile(graph: Graph, op: Op, trips: int, records: Mapping[str, Record]) -> Json | None:
@@ -118,7 +120,8 @@ def _matmul_tile(graph: Graph, op: Op, trips: int) -> Json:
     first = {"tensor": {"shape": [rows, inner], "dtype": dtype, "fill": "normal"}}
     transposed = op.body is not None and op.body.ops[0].target == "run.rows"
     second = {"shape": [inner, size], "stride": [1, inner] if transposed else [size, 1], "dtype": dtype, "fill": "normal"}
-    return {"target": "aten.mm.default", "args": [first, {"tensor": second}], "kwargs": {}}
+    target = WIDENED if in_blocks(op.target) else MULTIPLY
+    return {"target": target, "args": [first, {"tensor": second}], "kwargs": {}}
 
 
 def _check(graph: Graph, op: Op, trips: int) -> Json:
@@ -131,7 +134,7 @@ def _check(graph: Graph, op: Op, trips: int) -> Json:
         "x": {"tensor": {"shape": [rows, inner], "dtype": dtype}},
         "w": {"tensor": {"shape": [width, inner] if transposed else [inner, width], "dtype": dtype}},
     }
-    bias = op.target == "aten.addmm.default"
+    bias = op.target == ADD_MULTIPLY
     if bias:
         inputs["b"] = {"tensor": {"shape": [width], "dtype": dtype}}
     tile = "w[i : i + {0}].contiguous().t()" if transposed else "w[:, i : i + {0}].contiguous()"

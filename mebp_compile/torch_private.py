@@ -277,6 +277,11 @@ def node_line(node: torch.fx.Node) -> str:
     return (own or lines or ["an unknown line"])[-1]
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether torch has a fast product of bf16 matrices on this processor."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 # --- op schemas ---
 
 GETITEM = operator.getitem

@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mebp_compile.kernels import native
+from mebp_compile.kernels import native, product
 
 _LIBRARY: Any = torch.library.Library("mebp", "FRAGMENT")  # type: ignore[no-untyped-call]
 _FORM = "int reduction, int ignore_index, float smoothing, float cap"
@@ -76,9 +76,9 @@ def linear_cross_entropy(
     sums = begin(x, smoothing, cap)
     for start in range(0, weight.shape[0], rows):
         part = weight[start : start + rows]
-        logits = torch.mm(x, part.t())
+        logits = product.mm(x, part.t())
         tile(logits, part, target, start, cap, *sums)
-        sums.pulled.add_(torch.mm(logits, part))
+        sums.pulled.add_(product.mm(logits, part))
     return end(target, weight.shape[0], reduction, ignore_index, smoothing, cap, *sums)
 
 
@@ -108,7 +108,7 @@ def tile(logits: Tensor, rows: Tensor, target: Tensor, start: int, cap: float, *
         keep = _tile_in_torch(logits, slopes, even, here, column, start, cap, sums)
     sums.pulled.mul_(keep.unsqueeze(1))
     if even is not None:
-        spread = rows.float().sum(0, keepdim=True) if slopes is None else torch.mm(slopes, rows)
+        spread = rows.float().sum(0, keepdim=True) if slopes is None else product.mm(slopes, rows)
         sums.spread.add_(spread)
         sums.pulled.addcmul_(even.unsqueeze(1), spread)
 
@@ -190,7 +190,7 @@ def head_gradient(
     scale = torch.where(valid, grad / count if reduction == MEAN else grad, torch.zeros(()))
     for start in range(0, weight.shape[0], rows):
         part = weight[start : start + rows]
-        logits = torch.mm(x, part.t())
+        logits = product.mm(x, part.t())
         here, column = _targets_in(target, start, part.shape[0])
         share, slope = _capped(logits, cap)
         share.sub_(top.unsqueeze(1)).exp_().div_(total.unsqueeze(1)).sub_(even)
@@ -198,7 +198,7 @@ def head_gradient(
         if slope is not None:
             share.mul_(slope)
         logits.copy_(share.mul_(scale.unsqueeze(1)))
-        torch.mm(logits.t(), x, out=result[start : start + rows])
+        product.mm_out(logits.t(), x, out=result[start : start + rows])
     return result
 
 

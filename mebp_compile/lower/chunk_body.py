@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from mebp_compile.graph import CHUNKS, Const, Graph, Op, Ref, Value, inputs_of, map_refs
+from mebp_compile.lower.products import MULTIPLY, WIDENED
 from mebp_compile.lower.rows import ROWS, SUM, Rows, Split, block_shape, element_by_element
 from mebp_compile.lower.tables import itemsize
 
@@ -145,7 +146,7 @@ def with_weights(body: Graph, graph: Graph, weights: Mapping[str, tuple[Value, V
 
 def _product(op: Op, graph: Graph, weights: Mapping[str, tuple[Value, Value]]) -> Op | None:
     """The matmul with a weight, or its transpose, that takes it packed; None for anything else."""
-    if op.target != "aten.mm.default":
+    if op.target not in (MULTIPLY, WIDENED):
         return None
     name = op.args[1].name
     view = graph.view.get(name)
@@ -157,7 +158,8 @@ def _product(op: Op, graph: Graph, weights: Mapping[str, tuple[Value, Value]]) -
     width = dense.shape[0] if transposed else dense.shape[1]
     columns = max(1, TILE_BYTES // (itemsize(dense.dtype) * (dense.shape[1] if transposed else dense.shape[0])))
     args = (op.args[0], source, Ref(packed.name), transposed, -(-width // columns))
-    return replace(op, name=f"{op.name}_product", target="run.product", args=args, phase="packed")
+    kwargs = (("widened", True),) if op.target == WIDENED else ()
+    return replace(op, name=f"{op.name}_product", target="run.product", args=args, kwargs=kwargs, phase="packed")
 
 
 def _made_weight(name: str, graph: Graph, weights: Mapping[str, tuple[Value, Value]], made: dict[str, None]) -> list[Op]:

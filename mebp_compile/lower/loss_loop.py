@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mebp_compile.graph import Graph, LoopChoice, Op, Ref, Value, refs
+from mebp_compile.lower.products import multiplier
 
 TILED_LOSS = "mebp.linear_cross_entropy.default"
 TRIPS = (8, 16, 32, 64, 128)
@@ -19,13 +20,14 @@ def loss_body(op: Op, weight: Value, packed: Value) -> Graph:
     sums = tuple(f"{op.name}_{name}" for name in SUMS)
     carried = tuple(map(Ref, sums))
     part = f"{op.name}_part"
+    multiply = multiplier(weight.dtype)
     ops = (
         Op("begin", "run.cross_entropy_begin", (x, smoothing, cap), outputs=sums, phase="before"),
         Op("make", "run.rows", (weight.name, Ref(packed.name), tile), outputs=(rows,), phase="tile"),
         Op("flip", "aten.t.default", (Ref(rows),), outputs=(f"{rows}_t",), phase="tile"),
-        Op("multiply", "aten.mm.default", (x, Ref(f"{rows}_t")), outputs=(logits,), phase="tile"),
+        Op("multiply", multiply, (x, Ref(f"{rows}_t")), outputs=(logits,), phase="tile"),
         Op("take", "run.cross_entropy_tile", (Ref(logits), Ref(rows), target, Ref("tile.start"), cap, *carried), phase="tile"),
-        Op("pull", "aten.mm.default", (Ref(logits), Ref(rows)), outputs=(part,), phase="tile"),
+        Op("pull", multiply, (Ref(logits), Ref(rows)), outputs=(part,), phase="tile"),
         Op("add", "aten.add_.Tensor", (carried[-1], Ref(part)), phase="tile"),
         Op("end", "run.cross_entropy_end", (target, weight.shape[0], *form, *carried), outputs=op.outputs, phase="after"),
     )

@@ -13,6 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from mebp_compile.graph import Graph, Op, Ref, Value, inputs_of
+from mebp_compile.lower.products import MATMULS
 from mebp_compile.lower.tables import itemsize
 
 POINTWISE = {
@@ -22,7 +23,7 @@ POINTWISE = {
     "leaky_relu_backward", "elu_backward", "softplus_backward", "hardswish_backward", "hardsigmoid_backward", "native_dropout_backward",
     "eq", "ne", "le", "lt", "ge", "gt", "logical_not", "bitwise_not", "masked_fill", "_to_copy", "clone",
 }  # fmt: skip
-PRODUCTS = {"aten.mm.default": 0, "aten.addmm.default": 1}  # position of the first matrix
+PRODUCTS = {target: second - 1 for target, second in MATMULS.items()}  # position of the first matrix
 REDUCTIONS = {"aten.mean.dim", "aten.sum.dim_IntList", "aten.amax.default", "aten.amin.default"}
 SOFTMAXES = {  # position of the dimension
     "aten._softmax.default": 1, "aten._log_softmax.default": 1, "aten._softmax_backward_data.default": 2,
@@ -74,7 +75,8 @@ class Rows:
 
     def split(self, op: Op) -> Split | None:
         """How the op goes in blocks of rows; None if it does not."""
-        if op.rng or op.writes or op.listed or not op.creates or not (op.target.startswith("aten.") or op.target in FUSED):
+        known = op.target.startswith("aten.") or op.target in FUSED or op.target in PRODUCTS
+        if op.rng or op.writes or op.listed or not op.creates or not known:
             return None
         found = self._split(op)
         if found is None or any(not self._reached(name) for name in found.blocks) or (SUM in found.results and not self.sums):

@@ -17,11 +17,11 @@ from mebp_compile.lower.cuts import tile_counts
 from mebp_compile.lower.loss_loop import TILED_LOSS, with_loss_menu
 from mebp_compile.lower.loss_loop import TRIPS as LOSS_TRIPS
 from mebp_compile.lower.naming import Namer
+from mebp_compile.lower.products import ADD_MULTIPLY, ADD_WIDENED, MATMULS
 
 TRIPS = (2, 4, 8, 16, 32)
 SMALLEST_TILED_BYTES = 1 << 20  # below this, tiling saves less than it costs
 RECORD_BYTES_IN_LOOP = 16 << 20  # larger records are also offered read from disk tile by tile
-MATMULS = {"aten.mm.default": 1, "aten.addmm.default": 2}  # position of the second matrix
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def loop_body(op: Op, weight: Value, packed: Value, transposed: bool, width: int
     second = Ref(f"{matrix}_t") if transposed else Ref(matrix)
     take: list[Op] = []
     first = op.args[: MATMULS[op.target]]
-    if op.target == "aten.addmm.default":
+    if op.target in (ADD_MULTIPLY, ADD_WIDENED):
         take = [Op("take", "tile.take", (op.args[0], Ref(tile)), outputs=(f"{weight.name}_bias",), phase="tile")]
         first = (Ref(f"{weight.name}_bias"), op.args[1])
     multiply = Op("multiply", op.target, (*first, second), op.kwargs, outputs=(part,), phase="tile")

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 
 from mebp_compile.config import TIERS
-from mebp_compile.passes import attention, gated_units, low_rank, norms, rotary, row_losses, tiled_loss
+from mebp_compile.passes import attention, gated_units, low_rank, norms, products, rotary, row_losses, tiled_loss
 
-PASSES = (tiled_loss, row_losses, low_rank, gated_units, norms, rotary, attention)
+PASSES = (tiled_loss, row_losses, low_rank, gated_units, norms, rotary, attention, products)
 
 
 def better_tier(module: torch.fx.GraphModule, tier: str, device: str = "") -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from mebp_compile.errors import MebpError
-from mebp_compile.kernels import cross_entropy
+from mebp_compile.kernels import cross_entropy, product
 from mebp_compile.lower.cuts import block_rows, tile_size
 from mebp_compile.measure.accelerator import Accelerator
 from mebp_compile.quant import dequantise_columns, dequantise_into, dequantise_rows
@@ -283,15 +283,18 @@ class Engine:
         assert self.homes is not None
         return self.homes.homes.look_up(self.tables[name], ids, out)
 
-    def product(self, x: torch.Tensor, name: str, packed: torch.Tensor, transposed: bool, trips: int) -> torch.Tensor:
-        """x times a weight whose record is in memory, or times its transpose: the weight is made in `trips` tiles, one at a time."""
+    def product(
+        self, x: torch.Tensor, name: str, packed: torch.Tensor, transposed: bool, trips: int, widened: bool = False
+    ) -> torch.Tensor:
+        """x times a weight whose record is in memory, or times its transpose: the weight is made in `trips` tiles, one at a time. widened: by
+        kernels/product.py."""
         assert self.weights is not None
         rows, columns = self.weights.packed(name, packed).shape
         width = rows if transposed else columns
         result = x.new_empty(x.shape[0], width)
         for tile in self.tiles(width, trips):
             matrix = self.rows(name, packed, tile).t() if transposed else self.columns(name, packed, tile)
-            result[:, tile] = torch.mm(x, matrix)
+            result[:, tile] = (product.mm if widened else torch.mm)(x, matrix)
         return result
 
     # --- the tiled loss ---
