@@ -3,8 +3,8 @@
     make demo          (or: python examples/demo.py [--steps 24] [--budget 128MB])
 
 24 layers, hidden 896, intermediate 4864, 14/2 heads, vocabulary 151,936 (tied); random weights, int4 on disk and streamed; LoRA rank 8 on all
-seven projections, bf16 adapters (fp32 where the processor has no instructions for bf16, on which plain PyTorch takes minutes for a step), AdamW, batch 1,
-sequence 256, tier exact. The text is the Python documentation that comes with Python, as bytes.
+seven projections, bf16 adapters, AdamW, batch 1, sequence 256, tier exact. All bf16 is fp32 where the processor has no instructions for bf16:
+plain PyTorch takes minutes for a step there. The text is the Python documentation that comes with Python, as bytes.
 Plain PyTorch runs first, in a process of its own, on the same weights (dequantised) and the same batches.
 """
 
@@ -140,7 +140,8 @@ def main() -> int:
 def demo(budget: str, steps: int) -> int:
     progress, chosen = Progress(), settings(budget)
     print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads, {chosen.dtype}"
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"{chosen.dtype}"
     )
     with progress.stage("weights: quantised to int4 on disk, tensor by tensor"):
         model, store = finetune.build_model(chosen, progress)
