@@ -74,11 +74,7 @@ def linear_cross_entropy(
     cap: 0 for none; rows: of the weight, in a tile.
     """
     sums = begin(x, smoothing, cap)
-    for start in range(0, weight.shape[0], rows):
-        part = weight[start : start + rows]
-        logits = product.mm(x, part.t())
-        tile(logits, part, target, start, cap, *sums)
-        sums.pulled.add_(product.mm(logits, part))
+    walk(x, weight, target, 0, cap, sums, rows)
     return end(target, weight.shape[0], reduction, ignore_index, smoothing, cap, *sums)
 
 
@@ -88,6 +84,15 @@ def begin(x: Tensor, smoothing: float, cap: float) -> Sums:
     top = torch.full((tokens,), -torch.inf)
     spread = torch.zeros((tokens if cap else 1) if smoothing else 0, features)
     return Sums(top, torch.zeros_like(top), top.clone(), torch.zeros_like(top), torch.zeros_like(x), spread, torch.zeros(tokens, features))
+
+
+def walk(x: Tensor, weight: Tensor, target: Tensor, start: int, cap: float, sums: Sums, rows: int = ROWS) -> None:
+    """Take in the whole of `weight`, which is rows [start, start + len(weight)) of the head, by tiles of so many rows."""
+    for first in range(0, weight.shape[0], rows):
+        part = weight[first : first + rows]
+        logits = product.mm(x, part.t())
+        tile(logits, part, target, start + first, cap, *sums)
+        sums.pulled.add_(product.mm(logits, part))
 
 
 def tile(logits: Tensor, rows: Tensor, target: Tensor, start: int, cap: float, *carried: Tensor) -> None:

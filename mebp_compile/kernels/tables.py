@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mebp_compile.kernels.cross_entropy import ROWS, Answer, Sums, begin, end, head_gradient, tile
+from mebp_compile.kernels.cross_entropy import Answer, Sums, begin, end, head_gradient, walk
 
 NOBODY = -(2**62)  # stands for an ignored target, where targets are counted from a block's first row
 SUMS = "Tensor(a!) top, Tensor(b!) rest, Tensor(c!) aim, Tensor(d!) flat, Tensor(e!) aimed, Tensor(f!) pulled"
@@ -46,12 +46,7 @@ def _with_spread(carried: tuple[Tensor, ...]) -> Sums:
 
 def cross_entropy_rows_(x: Tensor, weight: Tensor, target: Tensor, start: int, cap: float, *carried: Tensor) -> None:
     """Take rows [start, start + len(weight)) of the head into the sums."""
-    sums = _with_spread(carried)
-    for first in range(0, weight.shape[0], ROWS):
-        part = weight[first : first + ROWS]
-        logits = torch.mm(x, part.t())
-        tile(logits, part, target, start + first, cap, *sums)
-        sums.pulled.add_(torch.mm(logits, part))
+    walk(x, weight, target, start, cap, _with_spread(carried))
 
 
 def cross_entropy_end(target: Tensor, vocabulary: int, reduction: int, ignore_index: int, cap: float, *carried: Tensor) -> Answer:
