@@ -32,6 +32,7 @@ PEERS = (
 )  # fmt: skip
 
 if TYPE_CHECKING:
+    from mebp_compile.bench import Result
     from mebp_compile.compiler import CompiledStep
     from mebp_compile.finetune import Settings, Training
 
@@ -115,7 +116,7 @@ def _add_bench(item: argparse.ArgumentParser) -> None:
     item.add_argument("--peers", default=",".join(PEERS), help=f"with commas between ({','.join(PEERS)})")
     item.add_argument("--data", type=Path, required=True, help="a text file")
     item.add_argument("--rounds", type=int, default=5, help="timed steps of each, taken in turn (5)")
-    item.add_argument("--rows", type=Path, metavar="FILE", help="a JSON list of other settings, each run alone for one round after the race")
+    item.add_argument("--rows", type=Path, metavar="FILE", help="a JSON list of other settings, run alone, or together in lists of their own")
     item.set_defaults(command=_bench, numerics="reassociate", budget="1GB")
 
 
@@ -264,7 +265,7 @@ def _save_plan(folder: Path, step: CompiledStep) -> None:
 def _bench(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from mebp_compile.bench import Contestant, race, read_rows, report, table, write_report
+    from mebp_compile.bench import Contestant, race, read_races, report, write_report
 
     if args.rounds < 1:
         raise OptionError(f"--rounds is {args.rounds}", "give a positive number")
@@ -276,16 +277,14 @@ def _bench(args: argparse.Namespace) -> None:
         parse_budget(budget)
     rows = [Contestant(f"ours, {budget}", "ours", replace(settings, budget=budget)) for budget in budgets]
     rows += [Contestant(kind, kind, settings) for kind in args.peers.split(",") if kind]
-    others = read_rows(args.rows, settings) if args.rows is not None else []
-    results = race(rows, args.rounds, args.data, Progress(args.quiet)) if rows else []
-    if results:
-        print(report(results))
-    if others:
-        alone = [race([row], 1, args.data, Progress(args.quiet))[0] for row in others]
-        print(f"\n{table(alone)}")
-        results += alone
-    if args.out is not None:
-        print(*write_report(results, args.out), sep="\n")
+    races = ([rows] if rows else []) + (read_races(args.rows, settings) if args.rows is not None else [])
+    results: list[list[Result]] = []
+    files: list[Path] = []
+    for contestants in races:
+        results.append(race(contestants, args.rounds, args.data, Progress(args.quiet)))
+        files = write_report(results, args.out) if args.out is not None else []  # after each: a run that is cut short keeps what it has
+    print(report(results))
+    print(*files, sep="\n")
 
 
 def _prepare(args: argparse.Namespace, settings: Settings, progress: Progress) -> Training:

@@ -33,6 +33,7 @@ from mebp_compile.measure.interference import measure_interference
 from mebp_compile.measure.ops import measure_ops
 from mebp_compile.measure.process import available_memory_bytes
 from mebp_compile.planning import Costs, OpCost
+from mebp_compile.torch_private import multiplies_bfloat16
 from mebp_compile.whole_file import write_whole
 
 BETWEEN_BYTES = 24 << 20  # what else goes through the caches between an op and the one that made its inputs, about: see decision 12
@@ -230,13 +231,30 @@ def _priced_blocks(op: Op, choice: LoopChoice, requests: dict[int, Requests], re
     return price_chunks(op, choice, costs)
 
 
+def product_us(rows: int, inner: int, columns: int, dtype: torch.dtype) -> float:
+    """What a matrix product takes here where it is called again and again, nothing in between."""
+    sizes = ((rows, inner), (inner, columns))
+    args = [{"tensor": {"shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "fill": "normal"}} for shape in sizes]
+    request = {"target": "aten.mm.default", "args": args, "kwargs": {}}
+    return float(CostTable().lookup([request])[_key(request)]["time_us"])
+
+
 # --- the cache ---
 
 
 def fingerprint(device: str = "") -> Json:
     """All that a measured time depends on. device: the accelerator; nothing for the CPU."""
     model = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-    own = {"cpu": model, "cores": os.cpu_count(), "torch": torch.__version__, "threads": torch.get_num_threads(), "kernels": _kernels(), "format": 6}
+    own = {
+        "cpu": model,
+        "bfloat16": multiplies_bfloat16(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "waiting": os.environ.get("OMP_WAIT_POLICY", ""),
+        "kernels": _kernels(),
+        "format": 7,
+    }
     accelerator = accelerator_of(device)
     return own if accelerator is None else own | {"device": accelerator.name}
 
@@ -307,17 +325,22 @@ class CostTable:
             raise CacheError(message, "delete it, or set MEBP_CACHE to another folder") from error
 
     def lookup(self, requests: Iterable[Json | None], progress: Progress = None) -> dict[str, Json]:
-        """Results by key, measuring what is not known yet."""
-        missing = {_key(request): request for request in requests if request and _key(request) not in self.known}
-        if missing and progress:
+        """Results by key, measuring what is not known yet; what another process has measured meanwhile is known."""
+        wanted = {_key(request): request for request in requests if request}
+        if progress and (missing := wanted.keys() - self.known.keys()):
             progress(f"measuring {len(missing)} ops")
-        for start in range(0, len(missing), AT_ONCE):
-            some = dict(list(missing.items())[start : start + AT_ONCE])
+        while some := self._missing(wanted):
             answers = _measured(some)
             again = {key: _with_zeros(some[key]) for key, answer in answers.items() if "error" in answer}
             self.known.update(answers | (_measured(again) if again else {}))
             self._save()
         return self.known
+
+    def _missing(self, wanted: dict[str, Json]) -> dict[str, Json]:
+        """As many of the requests that are not known, by key, as one child measures."""
+        if wanted.keys() - self.known.keys():
+            self.known = self._load() | self.known
+        return dict([item for item in wanted.items() if item[0] not in self.known][:AT_ONCE])
 
     def disk(self, folder: Path) -> Json:
         """What transfers to and from `folder` take: bytes a microsecond for "read" and "write", "latency" in microseconds, and the share
@@ -345,6 +368,7 @@ class CostTable:
     def _save(self) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.known = self._load() | self.known
             write_whole(self.path, json.dumps({"machine": fingerprint(self.device), "results": self.known}))
         except OSError as error:
             message = f"the cost table {self.path} can't be written: {error}"

@@ -68,6 +68,8 @@ class Settings:
                 raise OptionError(f"{name}={getattr(self, name)!r} is unknown", f"use one of {', '.join(filter(None, allowed))}")
         if self.weights is not None and self.weights not in SCHEMES:
             raise OptionError(f"weights={self.weights!r} is unknown", f"use one of {', '.join(SCHEMES)}, or leave it out")
+        if self.offload is not None and not self.offload.is_dir():
+            raise OptionError(f"there is no folder {self.offload}", "make it: activations go there, on a disk that you may write to")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise OptionError(f"the learning rate is {self.lr!r}", "give a positive number")
 

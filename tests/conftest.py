@@ -19,6 +19,7 @@ hypothesis.settings.register_profile("explore", deadline=None)  # `make test-all
 hypothesis.settings.load_profile("same")
 
 FOLDER = Path(__file__).resolve().parent.parent / "out"
+OWN: list[Path] = []  # the cache folder, where this process made it
 
 
 @pytest.fixture
@@ -37,16 +38,22 @@ def quick_measurements() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session", autouse=True)
-def cache_folder() -> Iterator[Path]:
-    """Measured costs and planned programs of this run alone, unless MEBP_CACHE names a folder."""
-    given = os.environ.get("MEBP_CACHE")
-    if given:
-        yield Path(given)
-        return
-    FOLDER.mkdir(exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="cache-", dir=FOLDER))
-    os.environ["MEBP_CACHE"] = str(folder)
-    yield folder
-    del os.environ["MEBP_CACHE"]
-    shutil.rmtree(folder, ignore_errors=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Measured costs and planned programs of this run alone, unless MEBP_CACHE names a folder: one for all workers, who inherit the environment."""
+    if "MEBP_CACHE" not in os.environ:
+        FOLDER.mkdir(exist_ok=True)
+        OWN.append(Path(tempfile.mkdtemp(prefix="cache-", dir=FOLDER)))
+        os.environ["MEBP_CACHE"] = str(OWN[0])
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """What this process made goes."""
+    for folder in OWN:
+        del os.environ["MEBP_CACHE"]
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def cache_folder() -> Path:
+    """Of this run, all workers together."""
+    return Path(os.environ["MEBP_CACHE"])

@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 import torch
 
-from mebp_compile.bench import Contestant, Result, nf4, race, read_rows, table, torch_private, verdicts, write_plot, write_report
+from mebp_compile.bench import Contestant, Result, nf4, race, read_races, table, torch_private, verdicts, write_plot, write_report
 from mebp_compile.bench.peers import PEERS, mezo_step, prepare
 from mebp_compile.bench.plot import pareto
 from mebp_compile.bench.race import _ended
-from mebp_compile.bench.report import trainings
+from mebp_compile.bench.report import predictions, trainings
 from mebp_compile.bench.torch_compile import compiled_step, remat_by_tags_step
 from mebp_compile.bench.unavailable import PeerUnavailable, in_short
 from mebp_compile.cli import PEERS as DEFAULT_PEERS
@@ -274,6 +274,18 @@ def test_rows_that_did_not_run_say_why() -> None:
     assert lines[3] == "later: OSError: no space"
 
 
+def test_predictions_are_held_against_the_products_of_the_machine() -> None:
+    """The least and the most of ours; the machine's own drift beside them; nothing where nothing is predicted."""
+    results = [measured(f"ours, {size}MB", size, seconds, kind="ours") for size, seconds in ((1, 2.0), (2, 1.0))]
+    results += [measured("matmul", 0, 0.5), measured("eager", 9, 1.0)]
+    for result, seconds in zip(results, (1.8, 1.05, 0.45, 0.0), strict=True):
+        result.predicted_us = int(seconds * 1e6)
+    ours = "predicted times of 2 rows are off by -10% (ours, 1MB) to +5% (ours, 2MB)"
+    assert predictions(results) == [f"{ours}; those of the products alone by -10%"]
+    assert predictions(results[:2]) == [ours]
+    assert predictions(results[2:]) == predictions([]) == []
+
+
 # --- the picture ---
 
 
@@ -334,7 +346,7 @@ def test_a_picture_of_nothing(tmp_path: Path) -> None:
     """Where everybody failed there is still a file, and a table; without malloc's meter tensors are shown."""
     failed = [Result("ours", "ours", error="no")]
     assert "nobody ran" in write_plot(failed, tmp_path / "x.svg").read_text()
-    assert [path.name for path in write_report(failed, tmp_path / "new")] == ["bench.txt", "bench.json", "bench.svg"]
+    assert [path.name for path in write_report([failed], tmp_path / "new")] == ["bench.txt", "bench.json", "bench.svg"]
     unmetered = Result("eager", "eager", seconds=[1.0], tensor_bytes=7 * MB)
     assert "eager: 7.0 MB, 1 s" in write_plot([unmetered], tmp_path / "x.svg").read_text()
 
@@ -361,15 +373,18 @@ def test_mezo_moves_against_the_slope() -> None:
     assert mezo_step(Quadratic(), 0.0)(input_ids=None, labels=None) > 0
 
 
-def test_rows_replace_settings_and_bad_ones_are_named(tmp_path: Path) -> None:
-    """Each row is a contestant of ours with its own model, sequence and store; what is no row is refused with an example."""
+def test_races_of_a_file_replace_settings_and_bad_ones_are_named(tmp_path: Path) -> None:
+    """Each row is a contestant of ours with its own model, sequence and store, alone unless it stands in a list; what is no row is refused with an
+    example."""
     settings = Settings("tiny-qwen2", "1MB", weights="int4", store=tmp_path / "tiny-qwen2-int4")
     path = tmp_path / "rows.json"
-    path.write_text('[{"name": "long", "sequence": 64}, {"name": "all", "lora_rank": 0, "weights": null, "store": null, "model": "qwen2.5-0.5b"}]')
-    long, everything = read_rows(path, settings)
+    everything = {"name": "all", "lora_rank": 0, "weights": None, "store": None, "model": "qwen2.5-0.5b"}
+    path.write_text(json.dumps([{"name": "long", "sequence": 64}, everything, [{"name": "a", "budget": "2MB"}, {"name": "b", "kind": "eager"}]]))
+    (long,), (whole,), pair = read_races(path, settings)
+    assert [(each.name, each.kind, each.settings.budget) for each in pair] == [("a", "ours", "2MB"), ("b", "eager", "1MB")]
     assert (long.name, long.settings.sequence, long.settings.store) == ("long", 64, settings.store)
-    assert (everything.settings.lora_rank, everything.settings.store, everything.settings.weights) == (0, None, None)
-    for text in ("{}", "[3]", '[{"sequence": 3}]', '[{"name": "x", "colour": 3}]', "no json"):
+    assert (whole.settings.lora_rank, whole.settings.store, whole.settings.weights) == (0, None, None)
+    for text in ("{}", "[3]", "[[3]]", '[{"sequence": 3}]', '[{"name": "x", "colour": 3}]', "no json"):
         path.write_text(text)
         with pytest.raises(OptionError, match="write a list such as"):
-            read_rows(path, settings)
+            read_races(path, settings)

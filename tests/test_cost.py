@@ -68,6 +68,17 @@ def test_each_distinct_call_is_measured_once(asked: list[list[Json]]) -> None:
     assert len(asked) == children
 
 
+def test_processes_share_what_they_measure(asked: list[list[Json]]) -> None:
+    """Two tables of one file, as two processes have them: none loses what the other measured, and none measures it again."""
+    first, second = ({"target": f"aten.{name}.default", "args": []} for name in ("relu", "neg"))
+    mine, theirs = CostTable(), CostTable()
+    theirs.lookup([second])
+    mine.lookup([first])
+    assert CostTable().known.keys() == {cost._key(first), cost._key(second)}
+    assert mine.lookup([second]).keys() == theirs.lookup([first]).keys() == CostTable().known.keys()
+    assert [len(some) for some in asked] == [1, 1]
+
+
 def test_what_is_measured_is_what_a_plan_gets(asked: list[list[Json]]) -> None:
     """Workspace as measured, and the time of the call from Python on top of the op's."""
     costs, _ = measure_costs(one_op("aten.add.Tensor"), Options(10**9))

@@ -3,6 +3,6 @@
 from mebp_compile.bench.plot import write_plot
 from mebp_compile.bench.race import Contestant, Result, race
 from mebp_compile.bench.report import report, table, verdicts, write_report
-from mebp_compile.bench.rows import read_rows
+from mebp_compile.bench.rows import read_races
 
-__all__ = ["Contestant", "Result", "race", "read_rows", "report", "table", "verdicts", "write_plot", "write_report"]
+__all__ = ["Contestant", "Result", "race", "read_races", "report", "table", "verdicts", "write_plot", "write_report"]

@@ -20,6 +20,7 @@ from mebp_compile.bench import nf4, torch_compile
 from mebp_compile.bench.torch_private import allocated_peak
 from mebp_compile.capture import State, find_state
 from mebp_compile.compare import live_tensors
+from mebp_compile.cost import product_us
 from mebp_compile.errors import BudgetInfeasible, OptionError
 from mebp_compile.flops import step_flops
 from mebp_compile.measure.meter import StorageMeter
@@ -188,7 +189,8 @@ def _matmul(settings: finetune.Settings) -> Runner:
             torch.mm(torch.mm(x, up), down)
         return 0.0
 
-    return Runner(step, lambda _: 0, lambda _: {}, {"flops": PRODUCTS * 4 * tokens * hidden * inner})
+    predicted_us = PRODUCTS * sum(product_us(tokens, *sizes, dtype) for sizes in ((hidden, inner), (inner, hidden)))
+    return Runner(step, lambda _: 0, lambda _: {}, {"flops": PRODUCTS * 4 * tokens * hidden * inner, "predicted_us": predicted_us})
 
 
 # --- MeZO ---

@@ -2,7 +2,7 @@
 
 Steps are paired: in each round every contestant does one timed step, so that a machine that is busy for a while is busy for all. A contestant
 waits on a pipe meanwhile and uses no processor; then its code and its files may have left the caches, the page cache included, so an untimed step
-comes before the timed one, as in a training that goes on.
+comes before the timed one, as in a training that goes on. A contestant that is alone waits for nobody, and does fewer rounds where they are long.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from mebp_compile.measure.malloc_meter import library_path, preload_environment
 from mebp_compile.progress import Progress
 
 Json = dict[str, Any]
+ALONE_S = 60.0  # of timed steps, after which a contestant that is alone has shown what it takes
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # no downloads, and no helper processes beside a contestant's own
 
 
@@ -75,10 +76,13 @@ def race(contestants: Sequence[Contestant], rounds: int, text: Path, progress: P
             runners.append((runner, result))
             _take(result, runner.ask("prepare"))
             _take(result, runner.ask("step"))  # warms the kernels and touches the pages
+        alone = len(runners) == 1
         for number in range(rounds):
             for runner, result in runners:
-                _timed(result, runner)
+                _timed(result, runner, alone)
             progress.say(f"round {number + 1} of {rounds}: " + ", ".join(f"{r.name} {r.seconds[-1]:.2f} s" for _, r in runners if r.seconds))
+            if alone and sum(results[0].seconds) > ALONE_S:
+                break
         for runner, result in runners:
             for question in ("process", "storages"):
                 _take(result, runner.ask(question))
@@ -88,9 +92,10 @@ def race(contestants: Sequence[Contestant], rounds: int, text: Path, progress: P
     return results
 
 
-def _timed(result: Result, runner: _Runner) -> None:
+def _timed(result: Result, runner: _Runner, alone: bool) -> None:
     if not result.error:
-        _take(result, runner.ask("step"))
+        if not alone:
+            _take(result, runner.ask("step"))
         answer = runner.ask("step")
         _take(result, answer)
         result.seconds += [answer["seconds"]] if "seconds" in answer else []

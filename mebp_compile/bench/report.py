@@ -17,18 +17,29 @@ RATE = "matmul"  # the contestant that is no training
 SAME = 0.01  # losses further apart than this are not those of the same training
 
 
-def report(results: Sequence[Result], reference: str = "eager") -> str:
-    """The table and a verdict on each peer, as text."""
-    return "\n".join([table(results, reference), "", *verdicts(results), *trainings(results, reference), *shares(results, reference)])
+def report(races: Sequence[Sequence[Result]], reference: str = "eager") -> str:
+    """As text: of each race the table and a verdict on each peer, then a table of those who ran alone, and how far predicted times were off."""
+    parts = [
+        "\n".join([table(race, reference), "", *verdicts(race), *trainings(race, reference), *shares(race, reference)])
+        for race in races
+        if len(race) > 1
+    ]
+    alone = [race[0] for race in races if len(race) == 1]
+    parts += [table(alone, reference)] if alone else []
+    return "\n\n".join([*parts, *predictions([result for race in races for result in race])])
 
 
-def write_report(results: Sequence[Result], folder: Path) -> list[Path]:
-    """bench.txt (the text), bench.json (every measurement) and bench.svg (the picture) in a folder, which is made if need be."""
+def write_report(races: Sequence[Sequence[Result]], folder: Path) -> list[Path]:
+    """bench.txt (the text), bench.json (every measurement) and bench.svg (the picture of the first race) in a folder, which is made if need be."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bench.txt").write_text(report(results) + "\n")
-    rows = [{**asdict(result), "median_s": result.median_s, "peak_bytes": result.peak_bytes} for result in results]
+    (folder / "bench.txt").write_text(report(races) + "\n")
+    rows = [
+        {"race": number, **asdict(result), "median_s": result.median_s, "peak_bytes": result.peak_bytes}
+        for number, race in enumerate(races)
+        for result in race
+    ]
     (folder / "bench.json").write_text(json.dumps(rows, indent=1) + "\n")
-    return [folder / "bench.txt", folder / "bench.json", write_plot(results, folder / "bench.svg")]
+    return [folder / "bench.txt", folder / "bench.json", write_plot(races[0] if races else [], folder / "bench.svg")]
 
 
 # --- the table ---
@@ -120,6 +131,18 @@ def shares(results: Sequence[Result], reference: str = "eager") -> list[str]:
     rows = [best, *(result for result in results if result.kind == reference and result.seconds)]
     reached = [f"{row.name} {best.flops / rate.flops / paired_ratio(row, rate):.0%}" for row in rows]
     return [f"matrix products run at {rate.flops / rate.median_s / 1e9:,.0f} GFLOP/s, of which reach: {', '.join(reached)}"]
+
+
+def predictions(results: Sequence[Result]) -> list[str]:
+    """A line: how far predicted seconds are from the medians, as shares of these; and the same of the machine's products, which are predicted from
+    one measurement and no model: what they are off, the machine was faster or slower when costs were measured."""
+    off = {result.name: result.predicted_us / 1e6 / result.median_s - 1 for result in results if result.predicted_us and result.seconds}
+    drift = [off.pop(result.name) for result in results if result.kind == RATE and result.name in off]
+    if not off:
+        return []
+    least, most = min(off, key=lambda name: off[name]), max(off, key=lambda name: off[name])
+    line = f"predicted times of {len(off)} rows are off by {off[least]:+.0%} ({least}) to {off[most]:+.0%} ({most})"
+    return [line + f"; those of the products alone by {', '.join(f'{each:+.0%}' for each in drift)}" if drift else line]
 
 
 def paired_ratio(our: Result, peer: Result) -> float:
