@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from solvers.check import Report, ScheduleError, replay
 from solvers.decode import Tables
@@ -18,15 +18,17 @@ TRANSFER_WEIGHTS = (0.3, 1.0)
 
 @dataclass(slots=True)
 class Best:
-    """The fastest valid schedule so far."""
+    """The fastest valid schedule so far. held: storages that the schedules which are offered take for such that don't move (held.py)."""
 
     problem: Problem
+    held: frozenset[int] = frozenset()
     schedule: Schedule | None = None
     report: Report | None = None
     method: str = ""
 
     def offer(self, schedule: Schedule, method: str) -> None:
         """Replay the schedule; keep it if it is valid and faster (at equal time: smaller peak)."""
+        schedule = replace(schedule, resident=schedule.resident | self.held)
         try:
             report = replay(self.problem, schedule)
         except ScheduleError:

@@ -2,9 +2,9 @@
 
 One moment cuts the step in two, the first run of some op z, and a linear program says what any schedule must do on both sides (order_program.py).
 It knows what cut_bound.py can't know for lack of an order: what else has run by then, and that each way of each op needs its inputs on its own
-side. Each side takes as long as the slower of its clocks. Where there is a disk several moments in one program
-say more: transfers can't be done before what they move is there. Without one they say what the best of them says alone. Solved in whole numbers,
-which a schedule's are, that one says a little more.
+side. Each side takes as long as the slower of its clocks. Several moments in one program say more: where there is a disk, since transfers can't be
+done before what they move is there; without one, since what runs again for one moment may have to run again for another. Which moments those
+are no rule tells: they are tried. Solved in whole numbers, which a schedule's are, the best moment alone says a little more.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ LEAST_SECONDS = 0.01
 TINY_SHARES = (1 / 100, 1 / 1000)  # of the budget: what is no larger counts as nothing where there are several moments; quick and loose first
 PARTS = 4  # of the step
 BEST_MOMENTS = 2
+NEEDY = 40  # ops that need most bytes alone, tried as moments
+TRIED = 16  # of the best moments, tried beside others
+WORTH = 2e-4  # of the bound: what a further moment has to add
 SAFE = 1e-6  # of the bound: what the linear program may be wrong by
 
 
@@ -30,16 +33,41 @@ def base_order_bound_us(problem: Problem, moments: Sequence[int], deadline: floa
     before the deadline (time.monotonic), of the best of them with others over the whole step where there is a disk, and where those say no more of
     the best again in whole numbers; the roofline at least, and without ortools."""
     facts, until = Facts(problem), (time.monotonic() + deadline) / 2  # half of the time for the moments
-    ranked = sorted(((_bound_us(facts, [z], until), z) for z in moments), reverse=True)
+    alone = {z: _bound_us(facts, [z], until) for z in dict.fromkeys((*moments, *needy(facts)))}
+    ranked = sorted((z for z in alone if alone[z]), key=lambda z: -alone[z])
     best = roofline_us(problem)
-    if not ranked or ranked[0][0] <= 0:
+    if not ranked:
         return best
-    best = max(best, ranked[0][0])
-    chained = 0
-    for tiny_bytes in dict.fromkeys(int(share * problem.budget_bytes) for share in TINY_SHARES if facts.disk):
-        small = Facts(problem, tiny_bytes)
-        chained = max(chained, _bound_us(small, chain(facts, [z for _, z in ranked[:BEST_MOMENTS]]), deadline))
-    return chained if chained > best else max(best, _bound_us(facts, [ranked[0][1]], deadline, whole=True))
+    best = max(best, alone[ranked[0]])
+    together = _chained_us(facts, ranked, deadline) if facts.disk else _together_us(facts, ranked[:TRIED], alone[ranked[0]], deadline)
+    return together if together > best else max(best, _bound_us(facts, ranked[:1], deadline, whole=True))
+
+
+def needy(facts: Facts) -> list[int]:
+    """The ops that need most bytes alone in the way that needs least, first the one that needs most."""
+    problem, pinned = facts.problem, facts.pinned
+    least = {o: min(alone_bytes(problem, op, way, pinned) for way in op.choices) for o, op in enumerate(problem.ops) if not op.optional}
+    return sorted(least, key=lambda o: (-least[o], o))[:NEEDY]
+
+
+def _chained_us(facts: Facts, ranked: Sequence[int], deadline: float) -> int:
+    """The bound of the best moments together with some over the whole step, first loosely."""
+    moments, best = chain(facts, ranked[:BEST_MOMENTS]), 0
+    for tiny_bytes in dict.fromkeys(int(share * facts.problem.budget_bytes) for share in TINY_SHARES):
+        best = max(best, _bound_us(Facts(facts.problem, tiny_bytes), moments, deadline))
+    return best
+
+
+def _together_us(facts: Facts, ranked: Sequence[int], best: int, deadline: float) -> int:
+    """The bound of the first moment, whose own is `best`, with others: as long as one of them adds something, the one that adds most."""
+    chosen = [ranked[0]]
+    while True:
+        tried = [(_bound_us(facts, sorted([*chosen, z]), deadline), z) for z in ranked if z not in chosen]
+        bound, moment = max(tried, default=(0, -1))
+        if bound <= best * (1 + WORTH):
+            return best
+        best = bound
+        chosen.append(moment)
 
 
 def chain(facts: Facts, best: Sequence[int]) -> list[int]:

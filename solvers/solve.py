@@ -17,6 +17,7 @@ from solvers.emit import emit, synchronous
 from solvers.evict import State
 from solvers.from_models import MODEL_WORTH, offer_model, offer_plans, ways_of
 from solvers.greedy import descend, first_decisions
+from solvers.held import with_held
 from solvers.improve import placed_us, refill, score, search
 from solvers.order_bound import base_order_bound_us
 from solvers.problem import Problem
@@ -108,7 +109,7 @@ def solve(
     smallest_found = _offer_greedy(course, first_only=modelled)
     if modelled and disk_share(course) >= DISK_BOUND:  # what goes to disk decides: that first
         smallest_found += _offer_greedy(course)
-        offer_plans(course)
+        course = with_held(course, _offer_greedy)
         smallest_found += _offer_greedy(course, DISK_WEIGHTS)
         offer_plans(course)
         offer_model(course)
@@ -119,8 +120,10 @@ def solve(
         offer_plans(course)
     if effort != "fast":
         _offer_search(course)
+    if course.best.schedule is not None:  # where storages were held, it is another's
+        best.offer(course.best.schedule, course.best.method)
     if free_order:
-        _offer_reordered(replace(course, deadline=deadline, bound_us=bound))
+        _offer_reordered(replace(course, tables=tables, best=best, deadline=deadline, bound_us=bound))
     exact_bound = _offer_exact(problem, best, effort, deadline)
     if best.schedule is None or best.report is None:
         raise Infeasible(min(smallest_found), *working_set(problem))  # no path was skipped without a schedule

@@ -10,7 +10,7 @@ from solvers.baselines import keep_all
 from solvers.bounds import roofline_us
 from solvers.check import replay
 from solvers.cut_bound import bound_and_moments, lower_bound_us
-from solvers.order_bound import _bound_us, base_order_bound_us
+from solvers.order_bound import _bound_us, base_order_bound_us, needy
 from solvers.order_program import Facts
 from solvers.problem import Choice, Op, Problem, Storage
 from solvers.solve import Infeasible, solve
@@ -68,7 +68,7 @@ def test_the_disk_waits_for_what_it_moves() -> None:
     )
     problem = Problem(ops, storages, 200, read_bytes_per_us=1.0, write_bytes_per_us=1.0, latency_us=0)
     assert solve(problem).report.time_us == 401
-    assert bound_of(problem, 1) <= 201
+    assert _bound_us(Facts(problem), [1], time.monotonic() + 100.0) <= 201
     assert 299 <= bound_of(problem, 0, 1) <= 401
 
 
@@ -97,6 +97,26 @@ def test_an_order_says_more_than_none() -> None:
     assert bound_of(problem, 2) == 139  # 30 of its 80 bytes may stay, so none; a microsecond is left for the solver's tolerance
     assert solve(problem).report.time_us == 140
     assert solve(problem, "proof").report.time_us == 90
+
+
+def test_what_runs_again_for_one_moment_may_run_again_for_another() -> None:
+    """A value that fits beside neither of two wide ops and is needed after both: one moment sees one recompute, both together see two. Nothing is
+    known of the wide ops but that they need most."""
+    storages = (Storage("x", 10), Storage("big", 90), Storage("y", 10), Storage("end", 10, output=True))
+    ops = (
+        Op("x", (Choice((), time_us=10),), (0,)),
+        Op("big", (Choice((0,), time_us=50),), (1,)),
+        Op("wide", (Choice((0,), workspace_bytes=110, time_us=10),)),
+        Op("y", (Choice((0, 1), time_us=10),), (2,)),
+        Op("wide again", (Choice((0, 2), workspace_bytes=100, time_us=10),)),
+        Op("end", (Choice((1, 2), time_us=10),), (3,)),
+    )
+    problem = Problem(ops, storages, 120, can_offload=False)
+    assert solve(problem).report.time_us == 200
+    facts = Facts(problem)
+    assert [_bound_us(facts, [z], time.monotonic() + 100.0) for z in (2, 4)] == [149, 149]
+    assert bound_of(problem, 3) == 199
+    assert set(needy(facts)[:2]) == {2, 4}
 
 
 def test_what_is_read_from_disk_was_made_once() -> None:
