@@ -105,8 +105,8 @@ def _bench(arguments: argparse.Namespace) -> int:
         faults += [f"{name}: {fault}" for fault in row.faults()]
         print(bench.row_line(row, len(bench.problem_of(folder, row.entry).ops)), flush=True)
         if arguments.update:
-            entries[name] = bench.updated(row)
-            bench.write_entries(folder, entries.values())
+            written = {entry.name: entry for entry in bench.read_entries(folder)}  # by now perhaps by another run too
+            bench.write_entries(folder, (written | {name: bench.updated(row)}).values())
     print("\n".join(faults) or "nothing is worse than its record")
     return 1 if faults else 0
 

@@ -29,11 +29,12 @@ SAFE = 1e-6  # of the bound: what the linear program may be wrong by
 
 
 def base_order_bound_us(problem: Problem, moments: Sequence[int], deadline: float) -> int:
-    """No schedule with its first runs in base order is faster. The largest bound of as many of the moments (ops that aren't optional) as are solved
-    before the deadline (time.monotonic), of the best of them with others over the whole step where there is a disk, and where those say no more of
+    """No schedule with its first runs in base order is faster. The largest bound of as many of the moments (ops that aren't optional; without a disk
+    the ops that need most too) as are solved before the deadline (time.monotonic), of the best of them with others, and where those say no more of
     the best again in whole numbers; the roofline at least, and without ortools."""
     facts, until = Facts(problem), (time.monotonic() + deadline) / 2  # half of the time for the moments
-    alone = {z: _bound_us(facts, [z], until) for z in dict.fromkeys((*moments, *needy(facts)))}
+    tried = moments if facts.disk else dict.fromkeys((*moments, *needy(facts)))
+    alone = {z: _bound_us(facts, [z], until) for z in tried}
     ranked = sorted((z for z in alone if alone[z]), key=lambda z: -alone[z])
     best = roofline_us(problem)
     if not ranked:
