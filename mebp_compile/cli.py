@@ -283,8 +283,7 @@ def _bench(args: argparse.Namespace) -> None:
     for contestants in races:
         results.append(race(contestants, args.rounds, args.data, Progress(args.quiet)))
         files = write_report(results, args.out) if args.out is not None else []  # after each: a run that is cut short keeps what it has
-    print(report(results))
-    print(*files, sep="\n")
+    print(report(results), *files, sep="\n")
 
 
 def _prepare(args: argparse.Namespace, settings: Settings, progress: Progress) -> Training:
