@@ -18,7 +18,7 @@ MODEL_SECONDS = 2.0  # with less time left the global model is not tried
 MODEL_SHARE = 0.7  # of the time left
 REPAIRS = 30
 PLAN_PHASES = (32, 64, 32)  # of one disk plan after the other
-MOST_PHASES = 128
+SHORTER = (1, 2, 4)  # times as many phases, where a plan has no room with fewer
 DISK_FULL = 1.4  # of the compute, that transfers take: then the paths that spare the disk first
 REFILL_SECONDS = 3.0  # for one plan
 
@@ -61,11 +61,12 @@ def _planned(course: Course, start: State, weight: float, phases: int) -> State 
     """The best of the plans for the state, repaired and refilled by both clocks; None without one."""
     tables, judge = course.tables, placed_us(course.tables)
     found: list[State] = []
-    while not found and phases <= MOST_PHASES:
-        for decisions in _if_any(disk_plan.plans(tables, start, phases, course.deadline)):
+    for times in SHORTER:  # what is used twice in a phase stays there: in shorter phases there may be room
+        for decisions in _if_any(disk_plan.plans(tables, start, times * phases, course.deadline)):
             state = _repaired(tables, decisions, weight)
             found += [state] if state is not None else []
-        phases *= 2  # what is used twice in a phase stays there: in shorter ones there may be room
+        if found:
+            break
     if not found:
         return None
     state = min(found, key=judge)
@@ -74,7 +75,7 @@ def _planned(course: Course, start: State, weight: float, phases: int) -> State 
     offer_state(tables, course.best, state, "disk plan")
     course.states.append((state, weight))
     course.planned[id(state)] = state
-    course.tell(f"disk plan (transfers x {weight}, {phases // 2} phases)")
+    course.tell(f"disk plan (transfers x {weight}, {times * phases} phases)")
     return state
 
 
