@@ -22,6 +22,7 @@ from mebp_compile.compiler import CompiledStep, optimize
 from mebp_compile.config import SCHEMES, Budget, cache_dir
 from mebp_compile.data import ByteTokens, batches, blocks, open_log, read_examples
 from mebp_compile.errors import DiskError, OptionError
+from mebp_compile.measure.disk import FOLDER_FIX
 from mebp_compile.models import CONFIGS, named_config
 from mebp_compile.planning import Plan
 from mebp_compile.progress import Progress
@@ -69,7 +70,7 @@ class Settings:
         if self.weights is not None and self.weights not in SCHEMES:
             raise OptionError(f"weights={self.weights!r} is unknown", f"use one of {', '.join(SCHEMES)}, or leave it out")
         if self.offload is not None and not self.offload.is_dir():
-            raise OptionError(f"there is no folder {self.offload}", "make it: activations go there, on a disk that you may write to")
+            raise OptionError(f"there is no folder {self.offload}", FOLDER_FIX)
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise OptionError(f"the learning rate is {self.lr!r}", "give a positive number")
 

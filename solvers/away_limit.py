@@ -34,8 +34,7 @@ def fewer_movable(problem: Problem, schedule: Schedule) -> Problem:
     worth = _worth(problem, schedule)
     order = sorted((s for s, info in enumerate(problem.storages) if info.movable), key=lambda s: (-worth.get(s, 0.0), s))
     kept = _as_fit(problem, order)
-    storages = tuple(replace(info, movable=info.movable and s in kept) for s, info in enumerate(problem.storages))
-    return replace(without_limit(problem), storages=storages)
+    return without_limit(problem).moving_only(kept)
 
 
 def _as_fit(problem: Problem, order: Iterable[int]) -> Collection[int]:

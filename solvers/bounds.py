@@ -39,13 +39,18 @@ def working_set(problem: Problem) -> tuple[int, str]:
     outputs = {index for index, storage in enumerate(problem.storages) if storage.output}
     needs = [(base + bytes_of(problem, outputs - pinned), "end of the step")]
     for op in (op for op in problem.ops if not op.optional):
-        needs.append((base + min(alone_bytes(problem, op, choice, pinned) for choice in op.choices), op.name))
+        needs.append((base + least_alone_bytes(problem, op, pinned), op.name))
     return max(needs, key=lambda need: need[0])
 
 
 def alone_bytes(problem: Problem, op: Op, choice: Choice, pinned: frozenset[int]) -> int:
     """Bytes beyond `pinned` that the op needs in this way, whatever else is in memory."""
     return bytes_of(problem, {*choice.reads, *op.writes, *op.creates} - pinned) + choice.workspace_bytes
+
+
+def least_alone_bytes(problem: Problem, op: Op, pinned: frozenset[int]) -> int:
+    """The same in the way that needs least."""
+    return min(alone_bytes(problem, op, choice, pinned) for choice in op.choices)
 
 
 def bytes_of(problem: Problem, storages: Collection[int]) -> int:

@@ -18,7 +18,7 @@ MODEL_SECONDS = 2.0  # with less time left the global model is not tried
 MODEL_SHARE = 0.7  # of the time left
 REPAIRS = 30
 PLAN_PHASES = (32, 64, 32)  # of one disk plan after the other
-SHORTER = (1, 2, 4)  # times as many phases, where a plan has no room with fewer
+FINER = (32, 64, 128)  # phases, tried one after the other from those on where a plan has no room with fewer
 DISK_FULL = 1.4  # of the compute, that transfers take: then the paths that spare the disk first
 REFILL_SECONDS = 3.0  # for one plan
 
@@ -61,8 +61,8 @@ def _planned(course: Course, start: State, weight: float, phases: int) -> State 
     """The best of the plans for the state, repaired and refilled by both clocks; None without one."""
     tables, judge = course.tables, placed_us(course.tables)
     found: list[State] = []
-    for times in SHORTER:  # what is used twice in a phase stays there: in shorter phases there may be room
-        for decisions in _if_any(disk_plan.plans(tables, start, times * phases, course.deadline)):
+    for count in (each for each in FINER if each >= phases):  # what is used twice in a phase stays there: in shorter ones there may be room
+        for decisions in _if_any(disk_plan.plans(tables, start, count, course.deadline)):
             state = _repaired(tables, decisions, weight)
             found += [state] if state is not None else []
         if found:
@@ -75,7 +75,7 @@ def _planned(course: Course, start: State, weight: float, phases: int) -> State 
     offer_state(tables, course.best, state, "disk plan")
     course.states.append((state, weight))
     course.planned[id(state)] = state
-    course.tell(f"disk plan (transfers x {weight}, {times * phases} phases)")
+    course.tell(f"disk plan (transfers x {weight}, {count} phases)")
     return state
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 from solvers.course import Best, Course
 from solvers.decode import Tables
@@ -45,6 +44,5 @@ def _large(problem: Problem) -> list[int]:
 
 def _holding(course: Course, held: frozenset[int]) -> Course:
     problem = course.tables.problem
-    storages = tuple(replace(info, movable=info.movable and s not in held) for s, info in enumerate(problem.storages))
-    tables, best = Tables(replace(problem, storages=storages)), Best(problem, held)
+    tables, best = Tables(problem.moving_only(set(range(len(problem.storages))) - held)), Best(problem, held)
     return Course(tables, best, course.deadline, course.seed, course.progress, course.bound_us, course.modelled)

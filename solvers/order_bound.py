@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 
-from solvers.bounds import alone_bytes, roofline_us
+from solvers.bounds import least_alone_bytes, roofline_us
 from solvers.order_program import Facts, Program
 from solvers.problem import Problem
 
@@ -46,8 +46,7 @@ def base_order_bound_us(problem: Problem, moments: Sequence[int], deadline: floa
 
 def needy(facts: Facts) -> list[int]:
     """The ops that need most bytes alone in the way that needs least, first the one that needs most."""
-    problem, pinned = facts.problem, facts.pinned
-    least = {o: min(alone_bytes(problem, op, way, pinned) for way in op.choices) for o, op in enumerate(problem.ops) if not op.optional}
+    least = {o: least_alone_bytes(facts.problem, op, facts.pinned) for o, op in enumerate(facts.problem.ops) if not op.optional}
     return sorted(least, key=lambda o: (-least[o], o))[:NEEDY]
 
 
@@ -79,8 +78,7 @@ def chain(facts: Facts, best: Sequence[int]) -> list[int]:
         part = PARTS * before // whole
         before += times[o]
         if part and not op.optional:
-            least = min(alone_bytes(facts.problem, op, way, facts.pinned) for way in op.choices)
-            chosen[part] = max(chosen.get(part, (-1, o)), (least, o))
+            chosen[part] = max(chosen.get(part, (-1, o)), (least_alone_bytes(facts.problem, op, facts.pinned), o))
     return sorted({*best, *(o for _, o in chosen.values())})
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,10 @@ class Problem:
     def with_budget(self, budget_bytes: int) -> Problem:
         """The same problem under another budget."""
         return replace(self, budget_bytes=budget_bytes)
+
+    def moving_only(self, kept: Collection[int]) -> Problem:
+        """The same problem in which only these of its movable storages move."""
+        return replace(self, storages=tuple(replace(info, movable=info.movable and s in kept) for s, info in enumerate(self.storages)))
 
     def to_json(self) -> str:
         """The problem as JSON text; `from_json` gives an equal problem back."""

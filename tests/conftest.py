@@ -40,7 +40,7 @@ def quick_measurements() -> Iterator[None]:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Measured costs and planned programs of this run alone, unless MEBP_CACHE names a folder: one for all workers, who inherit the environment."""
-    if "MEBP_CACHE" not in os.environ:
+    if not os.environ.get("MEBP_CACHE"):
         FOLDER.mkdir(exist_ok=True)
         OWN.append(Path(tempfile.mkdtemp(prefix="cache-", dir=FOLDER)))
         os.environ["MEBP_CACHE"] = str(OWN[0])

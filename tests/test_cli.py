@@ -280,6 +280,11 @@ def test_the_roomy_plan_is_not_the_tight_one() -> None:
     assert roomy().plan.report.recomputes == 0 < tight(True).plan.report.recomputes
 
 
+def test_a_folder_that_does_not_exist_is_refused_before_the_model_is_built(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="there is no folder"):
+        Settings("tiny-qwen2", "1MB", offload=tmp_path / "none")
+
+
 def test_all_parameters_can_be_trained(unmeasured: None, disk_folder: Path, tmp_path: Path) -> None:
     """A LoRA rank of 0 trains and saves the model itself; with quantised weights it is refused."""
     import transformers
