@@ -21,7 +21,9 @@ RNG_STATE_BYTES = 5504  # one saved state of the generator: 5,056 bytes and its 
 STEP_BYTES = 16384  # of Python's own: frames, results, hyper-parameters
 MAPPED_BYTES = 128 << 10
 PAGE_BYTES = 4096
-FRESH_BYTES = 4 << 20  # blocks from here on malloc maps and gives back at once where the budget is tight, see `planning.is_tight`
+FRESH_BYTES = 4 << 20  # blocks from here on malloc maps and gives back at once where the budget is tight, see `mapped_bytes`
+LEAST_FRESH_BYTES = 512 << 10
+HOLES = 24  # a budget of this many blocks that malloc keeps
 DEVICE_BLOCK_BYTES = 512  # an accelerator's allocator gives multiples of this
 FAULT_US_PER_BYTE = 4e-4  # of a fresh page: 0.5 s of system time for 300,000 pages of 4 KiB
 
@@ -36,9 +38,15 @@ def allocated_bytes(size_bytes: int, device: str = "") -> int:
     return -(-(size_bytes + 64) // PAGE_BYTES) * PAGE_BYTES + TENSOR_BYTES
 
 
-def fault_us(size_bytes: int) -> float:
-    """What the pages of a block take when they are first used, where malloc maps it anew each time."""
-    return FAULT_US_PER_BYTE * size_bytes if size_bytes >= FRESH_BYTES else 0.0
+def mapped_bytes(budget_bytes: int) -> int:
+    """From which size on malloc maps blocks and gives them back at once, where the budget is tight: the holes that smaller ones leave in its
+    heap stay small beside the budget (decisions/0010)."""
+    return min(FRESH_BYTES, max(LEAST_FRESH_BYTES, budget_bytes // HOLES))
+
+
+def fault_us(size_bytes: int, mapped_bytes: int | None = None) -> float:
+    """What the pages of a block take when they are first used, where malloc maps it anew each time: blocks of `mapped_bytes` on."""
+    return FAULT_US_PER_BYTE * size_bytes if size_bytes >= (FRESH_BYTES if mapped_bytes is None else mapped_bytes) else 0.0
 
 
 def charged_sizes(graph: Graph, moved: Collection[int]) -> tuple[int, ...]:

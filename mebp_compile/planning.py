@@ -16,7 +16,7 @@ from mebp_compile.config import format_bytes
 from mebp_compile.errors import BudgetError, BudgetInfeasible, GraphError
 from mebp_compile.graph import CHUNKS, PERSISTENT, Graph, Op, Value
 from mebp_compile.nondeterministic import same_again
-from mebp_compile.overhead import charged_sizes, constant_overhead, fault_us
+from mebp_compile.overhead import charged_sizes, constant_overhead, fault_us, mapped_bytes
 from mebp_compile.place import Placement, lives, place_under
 from solvers import Problem, Report, Schedule, Solution, baselines
 from solvers.bounds import roofline_us, working_set
@@ -245,8 +245,9 @@ def _fixed(problem: Problem, solver: str) -> solvers.Solution:
 def is_tight(problem: Problem, placement: Placement) -> bool:
     """Whether RSS has to follow the bytes in use, for the whole process.
 
-    Left to itself malloc keeps freed blocks, and RSS stood 13 to 20 % above what a step holds. Blocks from FRESH_BYTES on are mapped and given
-    back at once, at the price of their page faults; from 256 KiB on that was a fifth to a third of a step, from 4 MiB on next to nothing.
+    Left to itself malloc keeps freed blocks, and RSS stood 13 to 20 % above what a step holds, or four budgets above where the budget is a few
+    blocks. Blocks from `overhead.mapped_bytes` on are mapped and given back at once, at the price of their page faults; from 256 KiB on that was
+    a fifth to a third of a step, from 4 MiB on next to nothing.
     """
     return placement.peak_bytes * ROOMY > problem.budget_bytes
 
@@ -257,7 +258,7 @@ def faults_us(graph: Graph, problem: Problem, schedule: Schedule, placement: Pla
     if graph.device or not is_tight(problem, placement):
         return 0
     outside = (life for life in lives(graph, problem, schedule) if life.start >= 0 and (life.start, life.storage) not in placement.offsets)
-    return int(sum(fault_us(life.size_bytes) for life in outside))
+    return int(sum(fault_us(life.size_bytes, mapped_bytes(problem.budget_bytes)) for life in outside))
 
 
 def _with_room(
@@ -291,9 +292,10 @@ def _with_room(
 
 def _with_faults(problem: Problem) -> Problem:
     """The problem where what makes a large storage takes the page faults of it."""
+    fresh_bytes = mapped_bytes(problem.budget_bytes)
 
     def priced(op: solvers.Op) -> solvers.Op:
-        more_us = int(sum(fault_us(problem.storages[storage].size_bytes) for storage in op.creates))
+        more_us = int(sum(fault_us(problem.storages[storage].size_bytes, fresh_bytes) for storage in op.creates))
         return replace(op, choices=tuple(replace(choice, time_us=choice.time_us + more_us) for choice in op.choices)) if more_us else op
 
     return replace(problem, ops=tuple(map(priced, problem.ops)))

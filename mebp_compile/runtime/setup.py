@@ -8,7 +8,7 @@ from mebp_compile.capture.contract import Contract
 from mebp_compile.config import Options
 from mebp_compile.graph import PERSISTENT, Graph
 from mebp_compile.measure.accelerator import Accelerator
-from mebp_compile.overhead import FRESH_BYTES
+from mebp_compile.overhead import mapped_bytes
 from mebp_compile.place import lives
 from mebp_compile.planning import Plan, is_tight
 from mebp_compile.runtime.assemble import assemble
@@ -58,7 +58,7 @@ def binding_of(graph: Graph, plan: Plan, offload: bool, host: bool = False) -> B
     return Binding(
         sources, batch_sources(graph), result_paths(graph), plan.placement.arena_bytes, plan.peak_bytes, plan.problem.budget_bytes,
         away, resident, rooms, restorable, weights, records, tuple(kept), slots, scratch_bytes,
-        tuple(changed), any(op.rng for op in graph.ops), tight, FRESH_BYTES, *_spikes(graph, plan),
+        tuple(changed), any(op.rng for op in graph.ops), tight, mapped_bytes(plan.problem.budget_bytes), *_spikes(graph, plan),
     )  # fmt: skip
 
 
