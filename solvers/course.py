@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from solvers.bounding import Bounds
 from solvers.check import Report, ScheduleError, replay
 from solvers.decode import Tables
 from solvers.emit import emit, synchronous
@@ -39,15 +40,15 @@ class Best:
 
 @dataclass(slots=True)
 class Course:
-    """What the parts of one solve share. modelled: models follow the greedy paths. states: what paths, plans and the model ended with, and the weight
-    of transfers there."""
+    """What the parts of one solve share. bounds: as far as they are known by now. modelled: models follow the greedy paths. states: what paths,
+    plans and the model ended with, and the weight of transfers there."""
 
     tables: Tables
     best: Best
     deadline: float
     seed: int
     progress: Callable[[str], None] | None
-    bound_us: int
+    bounds: Bounds
     modelled: bool
     states: list[tuple[State, float]] = field(default_factory=list)
     walked: list[float] = field(default_factory=list)

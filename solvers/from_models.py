@@ -31,7 +31,7 @@ def offer_model(course: Course) -> None:
     weight = weights_of(tables.problem)[0]
     for ways in (first_decisions(tables).choice, ways_of(tables, best.schedule)):
         left = course.deadline - time.monotonic()
-        if best.report.time_us <= MODEL_WORTH * course.bound_us or left < MODEL_SECONDS:
+        if best.report.time_us <= MODEL_WORTH * course.bounds.ordered_us or left < MODEL_SECONDS:
             return
         found = False
         for decisions in _if_any(milp.plans(tables, ways, time.monotonic() + MODEL_SHARE * left)):

@@ -45,4 +45,4 @@ def _large(problem: Problem) -> list[int]:
 def _holding(course: Course, held: frozenset[int]) -> Course:
     problem = course.tables.problem
     tables, best = Tables(problem.moving_only(set(range(len(problem.storages))) - held)), Best(problem, held)
-    return Course(tables, best, course.deadline, course.seed, course.progress, course.bound_us, course.modelled)
+    return Course(tables, best, course.deadline, course.seed, course.progress, course.bounds, course.modelled)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
 from solvers.bounds import least_alone_bytes, roofline_us
@@ -24,24 +24,46 @@ PARTS = 4  # of the step
 BEST_MOMENTS = 2
 NEEDY = 40  # ops that need most bytes alone, tried as moments
 TRIED = 16  # of the best moments, tried beside others
+PATIENCE = 3  # moments in a row that add nothing: the first ones are the best, and with a disk it's their whole numbers that say more
 WORTH = 2e-4  # of the bound: what a further moment has to add
+FAR_SHORT = 0.98  # of the bound of the best moment: several moments, loosely; then they don't say more when asked closely
+WHOLE_GAPS = (3e-3, 1e-4)  # cuts come first; then the solver looks long for solutions, of which a bound has no need
 SAFE = 1e-6  # of the bound: what the linear program may be wrong by
 
 
 def base_order_bound_us(problem: Problem, moments: Sequence[int], deadline: float) -> int:
-    """No schedule with its first runs in base order is faster. The largest bound of as many of the moments (ops that aren't optional; without a disk
-    the ops that need most too) as are solved before the deadline (time.monotonic), of the best of them with others, and where those say no more of
-    the best again in whole numbers; the roofline at least, and without ortools."""
-    facts, until = Facts(problem), (time.monotonic() + deadline) / 2  # half of the time for the moments
-    tried = moments if facts.disk else dict.fromkeys((*moments, *needy(facts)))
-    alone = {z: _bound_us(facts, [z], until) for z in tried}
-    ranked = sorted((z for z in alone if alone[z]), key=lambda z: -alone[z])
+    """No schedule with its first runs in base order is faster: the best of `base_order_bounds`."""
+    return max(base_order_bounds(problem, moments, deadline))
+
+
+def base_order_bounds(problem: Problem, moments: Sequence[int], deadline: float) -> Iterator[int]:
+    """Better and better bounds: the roofline; those of as many of the moments (ops that aren't optional; without a disk the ops that need most
+    too) as are solved before the deadline (time.monotonic) and add something; those of the best of them with others; where those say no more, of the best again
+    in whole numbers. The roofline alone without ortools."""
     best = roofline_us(problem)
+    yield best
+    facts, until = Facts(problem), (time.monotonic() + deadline) / 2  # half of the time for the moments
+    alone, leader = dict[int, int](), 0
+    for number, z in enumerate(moments if facts.disk else dict.fromkeys((*moments, *needy(facts)))):
+        alone[z] = _bound_us(facts, [z], until)
+        if alone[z] > best:
+            best, leader = alone[z], number
+            yield best
+        if facts.disk and number - leader >= PATIENCE:
+            break
+    ranked = sorted((z for z in alone if alone[z]), key=lambda z: -alone[z])
     if not ranked:
-        return best
-    best = max(best, alone[ranked[0]])
-    together = _chained_us(facts, ranked, deadline) if facts.disk else _together_us(facts, ranked[:TRIED], alone[ranked[0]], deadline)
-    return together if together > best else max(best, _bound_us(facts, ranked[:1], deadline, whole=True))
+        return
+    together = best
+    several = _chained_us(facts, ranked, best, deadline) if facts.disk else _together_us(facts, ranked[:TRIED], alone[ranked[0]], deadline)
+    for bound in several:
+        if bound > together:
+            together = bound
+            yield bound
+    if together == best:
+        for gap in WHOLE_GAPS:
+            best = max(best, _bound_us(facts, ranked[:1], deadline, gap))
+            yield best
 
 
 def needy(facts: Facts) -> list[int]:
@@ -50,22 +72,25 @@ def needy(facts: Facts) -> list[int]:
     return sorted(least, key=lambda o: (-least[o], o))[:NEEDY]
 
 
-def _chained_us(facts: Facts, ranked: Sequence[int], deadline: float) -> int:
-    """The bound of the best moments together with some over the whole step, first loosely."""
-    moments, best = chain(facts, ranked[:BEST_MOMENTS]), 0
+def _chained_us(facts: Facts, ranked: Sequence[int], best: int, deadline: float) -> Iterator[int]:
+    """Bounds of the best moments together with some over the whole step, first loosely, and only so where that falls far short of `best`."""
+    moments = chain(facts, ranked[:BEST_MOMENTS])
     for tiny_bytes in dict.fromkeys(int(share * facts.problem.budget_bytes) for share in TINY_SHARES):
-        best = max(best, _bound_us(Facts(facts.problem, tiny_bytes), moments, deadline))
-    return best
+        bound = _bound_us(Facts(facts.problem, tiny_bytes), moments, deadline)
+        yield bound
+        if bound < FAR_SHORT * best:
+            return
 
 
-def _together_us(facts: Facts, ranked: Sequence[int], best: int, deadline: float) -> int:
-    """The bound of the first moment, whose own is `best`, with others: as long as one of them adds something, the one that adds most."""
+def _together_us(facts: Facts, ranked: Sequence[int], best: int, deadline: float) -> Iterator[int]:
+    """Bounds of the first moment, whose own is `best`, with others: as long as one of them adds something, the one that adds most."""
     chosen = [ranked[0]]
     while True:
         tried = [(_bound_us(facts, sorted([*chosen, z]), deadline), z) for z in ranked if z not in chosen]
         bound, moment = max(tried, default=(0, -1))
         if bound <= best * (1 + WORTH):
-            return best
+            return
+        yield bound
         best = bound
         chosen.append(moment)
 
@@ -82,19 +107,21 @@ def chain(facts: Facts, best: Sequence[int]) -> list[int]:
     return sorted({*best, *(o for _, o in chosen.values())})
 
 
-def _bound_us(facts: Facts, moments: Sequence[int], deadline: float, whole: bool = False) -> int:
-    """The bound for one moment; 0 where it is not solved before the deadline. `whole`: in whole numbers, which a schedule gives."""
+def _bound_us(facts: Facts, moments: Sequence[int], deadline: float, gap: float | None = None) -> int:
+    """The bound for these moments; 0 where it is not solved before the deadline. With a `gap` in whole numbers, which a schedule gives, until the
+    bound is as near to their optimum."""
     try:
         from ortools.math_opt.python import mathopt
     except ImportError:
         return 0
     if time.monotonic() > deadline:
         return 0
+    whole = gap is not None
     program = Program(facts, moments, whole)
     program.build()
     left = timedelta(seconds=max(deadline - time.monotonic(), LEAST_SECONDS))
     try:
-        result = mathopt.solve(program.model, mathopt.SolverType.HIGHS, params=mathopt.SolveParameters(time_limit=left))
+        result = mathopt.solve(program.model, mathopt.SolverType.HIGHS, params=mathopt.SolveParameters(time_limit=left, relative_gap_tolerance=gap))
     except (AttributeError, RuntimeError, ValueError):  # as in milp.py: so some failures of the solver arrive here
         return 0
     optimal = result.termination.reason.name == "OPTIMAL"

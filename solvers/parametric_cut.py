@@ -8,7 +8,12 @@ that cost less what the bytes may be is largest. It knows nothing of ops and sto
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +25,6 @@ class Way:
     disk_us: float = 0.0
     kept_bytes: int = 0
     home_bytes: int = 0
-
-    def price(self, prices: Prices) -> float:
-        """(1 - mu) * (compute + delay) + mu * disk + lambda * kept + lambda_home * home: the step is at least as long as either stream."""
-        time_us = (1 - prices.disk) * (self.compute_us + self.delay_us) + prices.disk * self.disk_us
-        return time_us + prices.kept * self.kept_bytes + prices.home * self.home_bytes
 
     def plus(self, other: Way) -> Way:
         return Way(
@@ -78,33 +78,72 @@ class Limits:
     home_bytes: int
 
 
-def _cheapest(ways: tuple[Way, ...], prices: Prices) -> Way:
-    return min(ways, key=lambda way: way.price(prices))
+class _Table:
+    """The ways of some needs, one row after the other, for whole-array arithmetic: a row's time, disk time, bytes kept and at home."""
+
+    def __init__(self, needs: Sequence[tuple[Way, ...]]) -> None:
+        import numpy as np
+
+        rows = [(way.compute_us, way.delay_us, way.disk_us, way.kept_bytes, way.home_bytes) for ways in needs for way in ways]
+        self.columns = np.array(rows, dtype=np.float64).reshape(-1, 5).T
+        counts = np.array([len(ways) for ways in needs], dtype=np.int64)
+        self.starts = np.cumsum(counts) - counts
+        self.owner = np.repeat(np.arange(len(needs)), counts)
+
+    def cheapest(self, prices: Prices) -> tuple[NDArray[Any], NDArray[Any]]:
+        """For each need the price of its cheapest way, and that way's row (of equal ones the first). A way's price is (1 - mu) * (compute + delay)
+        + mu * disk + lambda * kept + lambda_home * home: the step is at least as long as either stream."""
+        import numpy as np
+
+        compute, delay, disk, kept, home = self.columns
+        price = (1 - prices.disk) * (compute + delay) + prices.disk * disk + prices.kept * kept + prices.home * home
+        least = np.minimum.reduceat(price, self.starts)
+        rows = np.where(price == least[self.owner], np.arange(len(price)), len(price))
+        return least, np.minimum.reduceat(rows, self.starts)
+
+    def total(self, rows: NDArray[Any]) -> Way:
+        """Those rows together."""
+        compute, delay, disk, kept, home = self.columns[:, rows].sum(axis=1).tolist()
+        return Way(compute, delay, disk, int(kept), int(home))
 
 
-def _meet(needs: Needs, prices: Prices) -> tuple[float, Way]:
-    """The least price of all needs, rounded down, and what attains it."""
-    import numpy as np
-    from ortools.graph.python import max_flow
+class _Network:
+    """The needs, laid out once for all prices."""
 
-    total, cost = NOTHING, 0.0
-    for ways in needs.loose:
-        way = _cheapest(ways, prices)
-        total, cost = total.plus(way), cost + way.price(prices)
-    if not needs.arcs:
-        return cost, total
-    best = [_cheapest(ways, prices) if ways else None for _, _, ways in needs.arcs]
-    capacity = [ENDLESS if way is None else min(ENDLESS, int(SCALE * way.price(prices))) for way in best]
-    tails, heads = (np.array([arc[k] for arc in needs.arcs], dtype=np.int32) for k in (0, 1))
-    flow = max_flow.SimpleMaxFlow()
-    flow.add_arcs_with_capacity(tails, heads, np.array(capacity, dtype=np.int64))
-    if flow.solve(0, 1) != flow.OPTIMAL:
-        raise ArithmeticError("the maximum flow was not found")
-    side = set(flow.get_source_side_min_cut())
-    for (tail, head, _), taken in zip(needs.arcs, best, strict=True):
-        if taken is not None and tail in side and head not in side:
-            total = total.plus(taken)
-    return cost + flow.optimal_flow() / SCALE, total
+    def __init__(self, needs: Needs) -> None:
+        import numpy as np
+
+        self.loose = _Table(needs.loose) if needs.loose else None
+        self.tails, self.heads = (np.array([arc[k] for arc in needs.arcs], dtype=np.int32) for k in (0, 1))
+        self.priced = np.array([bool(ways) for _, _, ways in needs.arcs], dtype=bool)
+        self.arcs = _Table([ways for _, _, ways in needs.arcs if ways]) if self.priced.any() else None
+        self.nodes = int(max(self.tails.max(), self.heads.max())) + 1 if needs.arcs else 0
+
+    def meet(self, prices: Prices) -> tuple[float, Way]:
+        """The least price of all needs, rounded down, and what attains it."""
+        import numpy as np
+        from ortools.graph.python import max_flow
+
+        total, cost = NOTHING, 0.0
+        if self.loose is not None:
+            least, rows = self.loose.cheapest(prices)
+            total, cost = self.loose.total(rows), float(least.sum())
+        if not self.nodes:
+            return cost, total
+        capacity = np.full(len(self.tails), ENDLESS, dtype=np.int64)
+        if self.arcs is not None:
+            least, rows = self.arcs.cheapest(prices)
+            capacity[self.priced] = np.minimum(ENDLESS, (SCALE * least).astype(np.int64))
+        flow = max_flow.SimpleMaxFlow()
+        flow.add_arcs_with_capacity(self.tails, self.heads, capacity)
+        if flow.solve(0, 1) != flow.OPTIMAL:
+            raise ArithmeticError("the maximum flow was not found")
+        if self.arcs is not None:
+            source_side = np.zeros(self.nodes, dtype=bool)
+            source_side[np.array(flow.get_source_side_min_cut(), dtype=np.int64)] = True
+            cut = (source_side[self.tails] & ~source_side[self.heads])[self.priced]
+            total = total.plus(self.arcs.total(rows[cut]))
+        return cost + flow.optimal_flow() / SCALE, total
 
 
 def _next_prices(limits: Limits, planes: list[Way], most: float) -> tuple[Prices, float]:
@@ -131,12 +170,12 @@ def _next_prices(limits: Limits, planes: list[Way], most: float) -> tuple[Prices
 def least_us(needs: Needs, limits: Limits, most: float, planes: list[Way]) -> float:
     """The best bound of the step's time. most: microseconds a byte, far above any price that pays. planes: what calls with the same needs and
     other limits have found; this one adds to them."""
-    best = float(limits.time_us)
+    best, network = float(limits.time_us), _Network(needs)
     for _ in range(ROUNDS):
         prices, top = _next_prices(limits, planes, most) if planes else (Prices(), math.inf)
         if top <= best * (1 + CLOSE):
             break
-        cost, plane = _meet(needs, prices)
+        cost, plane = network.meet(prices)
         value = (1 - prices.disk) * limits.time_us + cost - prices.kept * limits.kept_bytes - prices.home * limits.home_bytes
         best = max(best, value)
         planes.append(plane)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from solvers import anneal
 from solvers.away_limit import fewer_movable, within_limit, without_limit
+from solvers.bounding import Bounds, bounding
 from solvers.bounds import roofline_us, working_set
 from solvers.check import Report, replay
 from solvers.course import TRANSFER_WEIGHTS, Best, Course, disk_share, offer_state, weights_of
@@ -19,7 +21,6 @@ from solvers.from_models import MODEL_WORTH, offer_model, offer_plans, ways_of
 from solvers.greedy import descend, first_decisions
 from solvers.held import with_held
 from solvers.improve import placed_us, refill, score, search
-from solvers.order_bound import base_order_bound_us
 from solvers.problem import Problem
 from solvers.schedule import Schedule, format_bytes
 
@@ -29,7 +30,6 @@ SEARCH_ROUNDS = 400
 GOOD_ENOUGH = 1.005  # times the bound: no second greedy path
 EXACT_OPS = 40
 ALL_USED = 0.9  # of the budget
-BOUND_SHARE = 0.25  # of the time, for the bound of base order
 BASE_ORDER_SHARE = 0.5  # of the time, where the order is free as well
 DISK_MATTERS = 0.02  # of the compute, that transfers take: then what goes to disk is planned
 DISK_BOUND = 0.5  # likewise: then before the global model
@@ -94,41 +94,52 @@ def solve(
     problem.validate()
     if problem.away_limit_bytes is not None:
         return _solve_limited(problem, effort, time_limit_s, seed, progress)
-    deadline = time.monotonic() + time_limit_s
-    tables, best = Tables(problem), Best(problem)
+    best, roofline = Best(problem), roofline_us(problem)
     for hint in hints:
         best.offer(hint, "hint")
-    bound, moments = (roofline_us(problem), []) if effort == "fast" else bound_and_moments(problem)
-    until = time.monotonic() + BOUND_SHARE * time_limit_s
-    order_bound = None if effort == "fast" else max(bound, base_order_bound_us(problem, moments, until))
+    deadline, modelled = time.monotonic() + time_limit_s, effort != "fast" and len(problem.ops) > EXACT_OPS
+    with nullcontext(Bounds(roofline, roofline)) if effort == "fast" else bounding(problem, time_limit_s) as bounds:
+        course = Course(Tables(problem), best, deadline, seed, progress, bounds, modelled)
+        smallest_found, exact_bound = _pursue(course, effort, time_limit_s)
+        if best.schedule is None or best.report is None:
+            raise Infeasible(min(smallest_found), *working_set(problem))  # no path was skipped without a schedule
+        bounds.wait(best.report.time_us)
+    gap = best.report.time_us / bounds.any_us - 1 if bounds.any_us else 0.0
+    ordered_us = None if effort == "fast" else bounds.ordered_us
+    return Solution(best.schedule, best.report, bounds.any_us, gap, best.method, exact_bound, ordered_us)
+
+
+def _pursue(course: Course, effort: str, time_limit_s: float) -> tuple[list[int], int | None]:
+    """What the effort asks for; the smallest peak of each greedy path, and the exact model's bound."""
+    problem = course.tables.problem
     free_order = effort == "proof" and len(problem.ops) <= anneal.MOST_OPS
-    in_base_order = time_limit_s * (BASE_ORDER_SHARE if free_order else 1.0)
-    modelled = effort != "fast" and len(problem.ops) > EXACT_OPS
-    course = Course(tables, best, deadline - time_limit_s + in_base_order, seed, progress, order_bound or bound, modelled)
-    before_greedy = time.monotonic()
-    smallest_found = _offer_greedy(course, first_only=modelled)
-    if modelled and disk_share(course) >= DISK_BOUND:  # what goes to disk decides: that first
+    in_base_order = replace(course, deadline=course.deadline - time_limit_s * (1 - BASE_ORDER_SHARE)) if free_order else course
+    smallest_found, in_base_order = _offer_paths_and_models(in_base_order)
+    if effort != "fast":
+        _offer_search(in_base_order)
+    if in_base_order.best.schedule is not None:  # where storages were held, it is another's
+        course.best.offer(in_base_order.best.schedule, in_base_order.best.method)
+    if free_order:
+        _offer_reordered(course)
+    return smallest_found, _offer_exact(problem, course.best, effort, course.deadline)
+
+
+def _offer_paths_and_models(course: Course) -> tuple[list[int], Course]:
+    """Greedy paths and, where they are asked for, models; the smallest peak of each path, and the course that they ended with."""
+    before = time.monotonic()
+    smallest_found = _offer_greedy(course, first_only=course.modelled)
+    if course.modelled and disk_share(course) >= DISK_BOUND:  # what goes to disk decides: that first
         smallest_found += _offer_greedy(course)
         course = with_held(course, _offer_greedy)
         smallest_found += _offer_greedy(course, DISK_WEIGHTS)
         offer_plans(course)
         offer_model(course)
-    elif modelled:  # the model leaves as much time to the second path as the first one took
-        offer_model(replace(course, deadline=course.deadline - (time.monotonic() - before_greedy)))
+    elif course.modelled:  # the model leaves as much time to the second path as the first one took
+        offer_model(replace(course, deadline=course.deadline - (time.monotonic() - before)))
         smallest_found += _offer_greedy(course)
-    if modelled and disk_share(course) >= DISK_MATTERS:
+    if course.modelled and disk_share(course) >= DISK_MATTERS:
         offer_plans(course)
-    if effort != "fast":
-        _offer_search(course)
-    if course.best.schedule is not None:  # where storages were held, it is another's
-        best.offer(course.best.schedule, course.best.method)
-    if free_order:
-        _offer_reordered(replace(course, tables=tables, best=best, deadline=deadline, bound_us=bound))
-    exact_bound = _offer_exact(problem, best, effort, deadline)
-    if best.schedule is None or best.report is None:
-        raise Infeasible(min(smallest_found), *working_set(problem))  # no path was skipped without a schedule
-    gap = best.report.time_us / bound - 1 if bound else 0.0
-    return Solution(best.schedule, best.report, bound, gap, best.method, exact_bound, order_bound)
+    return smallest_found, course
 
 
 def _solve_limited(problem: Problem, effort: str, time_limit_s: float, seed: int, progress: Callable[[str], None] | None) -> Solution:
@@ -200,7 +211,7 @@ def _offer_search(course: Course) -> None:
     for state, weight in sorted(course.states, key=lambda pair: judge(pair[0]) if judge else score(pair[0], pair[1])):
         starts.setdefault(weight, state)
     for number, (weight, state) in enumerate(starts.items(), 1):
-        if best.report is None or best.report.time_us <= course.bound_us:
+        if best.report is None or best.report.time_us <= course.bounds.ordered_us:
             return
         left = course.deadline - time.monotonic()
         until = time.monotonic() + (left if number == len(starts) else left / 2)
@@ -211,7 +222,7 @@ def _offer_search(course: Course) -> None:
 def _offer_reordered(course: Course) -> None:
     """Order free: what annealing finds, as it is and as the order from which the solvers start again."""
     problem, best = course.tables.problem, course.best
-    if best.report is not None and best.report.time_us <= MODEL_WORTH * course.bound_us:
+    if best.report is not None and best.report.time_us <= MODEL_WORTH * course.bounds.any_us:
         return
     ways = first_decisions(course.tables).choice if best.schedule is None else ways_of(course.tables, best.schedule)
     resident = frozenset[int]() if best.schedule is None else best.schedule.resident
@@ -225,7 +236,7 @@ def _offer_reordered(course: Course) -> None:
         course.tell("annealing")
     order = anneal.base_order(problem, sequence)
     left = course.deadline - time.monotonic()
-    if best.report is not None and (best.report.time_us <= MODEL_WORTH * course.bound_us or left < 0):
+    if best.report is not None and (best.report.time_us <= MODEL_WORTH * course.bounds.any_us or left < 0):
         return
     try:
         found = solve(anneal.reordered(problem, order), "balanced", left, course.seed, progress=course.progress)
