@@ -106,6 +106,7 @@ def build_problem(
             persistent=storage.role in PERSISTENT,
             movable=index in may_leave if storage.role in PERSISTENT else storage.size_bytes > 0 and offload and not storage.on_host,
             output=index in outputs and storage.role not in PERSISTENT,
+            stored=storage.role == "weight" and index in may_leave,
         )
         for index, storage in enumerate(graph.storages)
     )
@@ -134,7 +135,7 @@ def build_problem(
 def _unused(storage: solvers.Storage, keeps_home: bool) -> solvers.Storage:
     """A storage that no op touches: a number, or state that this step does not need, which may still be on disk."""
     size_bytes = storage.size_bytes if storage.persistent else 0
-    return replace(storage, size_bytes=size_bytes, movable=storage.movable and keeps_home, persistent=True, output=False)
+    return replace(storage, size_bytes=size_bytes, movable=storage.movable and keeps_home, persistent=True, output=False, stored=False)
 
 
 def homes(graph: Graph, offload: bool, grads: str = "keep", roles: Sequence[str] = MOVABLE) -> frozenset[int]:

@@ -1,6 +1,6 @@
 """A limit on what lies outside of memory: an accelerator's storages go to host memory, which is small too.
 
-Each storage that is at home there or is ever offloaded has a place of its own in it (`Report.away_bytes`), so the limit is a knapsack over
+Each storage that is at home there or ever moves has a place of its own in it (`Report.away_bytes`), so the limit is a knapsack over
 storages. The step is first planned as if there were no limit; of the storages that this plan sends away those stay movable that spend the most
 of the step away for what their transfers take, as far as they fit, and then any others that fit. A plan of what is left keeps the limit
 whatever it does.
@@ -60,9 +60,10 @@ def _worth(problem: Problem, schedule: Schedule) -> dict[int, float]:
             gone.add(step.storage)
             moved[step.storage] += tables.write_us[step.storage]
         elif isinstance(step, Prefetch):
+            gone.add(step.storage)
             away_us[step.storage] += clock - left.pop(step.storage, clock)
             moved[step.storage] += tables.read_us[step.storage]
-        elif isinstance(step, Free) and step.storage in gone:
+        elif isinstance(step, Free) and (step.storage in gone or problem.storages[step.storage].stored):
             left[step.storage] = clock
     for storage in home & left.keys():
         away_us[storage] += clock - left[storage]

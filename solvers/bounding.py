@@ -20,7 +20,7 @@ from solvers.problem import Problem
 ASIDE_OPS = 1500  # from which on starting a process pays
 IN_LINE_SHARE = 0.25  # of the time, where there is no such process
 ENDING_SECONDS = 0.3  # for what the process does after its own deadline
-CLOSE = 1.001  # times the bound: no need of a better one
+CLOSE = 1.001  # times the bound: neither a better schedule nor a better bound is looked for
 POLL_SECONDS = 0.02
 
 

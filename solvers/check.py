@@ -35,7 +35,7 @@ class Report:
     timeline: for every step the bytes live in it: constant, live storages, and during a Run also its new storages,
     discarded copies and workspace. peak_step: the first step that attains peak_bytes (-1: before the first step).
     stall_us: time that Wait steps added. recomputes: runs beyond each op's first. Bytes moved count whole transfers. away_bytes: of storages that
-    are at home on disk or are ever offloaded, each of which has a place there.
+    are at home on disk or ever moved, each of which has a place there.
     """
 
     peak_bytes: int
@@ -135,6 +135,8 @@ class _Machine:
             elif storage.persistent:
                 self.disk[index] = 0
                 self.away.add(index)
+            if storage.stored:
+                self.disk[index] = 0
 
     def require_storage(self, storage: int) -> None:
         if not 0 <= storage < len(self.problem.storages):
@@ -228,6 +230,8 @@ class _Machine:
             self.fail("offload-not-live", self.name(storage))
         if not self.problem.storages[storage].movable or not self.problem.can_offload:
             self.fail("offload-not-movable", self.name(storage))
+        if self.problem.storages[storage].stored:
+            self.fail("offload-stored", f"{self.name(storage)} is on disk already")
         if storage in self.writing or storage in self.reading:
             self.fail("transfer-pending", self.name(storage))
         size_bytes = self.problem.storages[storage].size_bytes
@@ -245,6 +249,7 @@ class _Machine:
         if storage not in self.disk:
             self.fail("prefetch-no-copy", self.name(storage))
         size_bytes = self.problem.storages[storage].size_bytes
+        self.away.add(storage)
         self.live[storage] = self.disk[storage]
         self.live_bytes += size_bytes
         self.reading[storage] = self.transfer(size_bytes, self.problem.read_bytes_per_us)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from solvers.bounding import Bounds
+from solvers.bounding import CLOSE, Bounds
 from solvers.check import Report, ScheduleError, replay
 from solvers.decode import Tables
 from solvers.emit import emit, synchronous
@@ -53,6 +53,10 @@ class Course:
     states: list[tuple[State, float]] = field(default_factory=list)
     walked: list[float] = field(default_factory=list)
     planned: dict[int, State] = field(default_factory=dict)  # by id: what has been, or is, a disk plan
+
+    def settled(self) -> bool:
+        """The best schedule so far is so near to the bound of base order that it is left as it is."""
+        return self.best.report is not None and self.best.report.time_us <= CLOSE * self.bounds.ordered_us
 
     def tell(self, text: str) -> None:
         if self.progress and self.best.report:

@@ -113,7 +113,7 @@ class Model:
                 if self._movable(storage) and (self.problem.can_offload or self.problem.storages[storage].persistent):
                     self.d[e, value] = self._bool(f"d{e}_{value}")
                     self.f[e, value] = self._bool(f"f{e}_{value}")
-                    if self.problem.can_offload:
+                    if self.tables.may_spill[storage]:
                         self.o[e, value] = self._bool(f"o{e}_{value}")
             if e < len(self.events):
                 for j in range(len(self.problem.ops[self.events[e].op].choices)):
@@ -181,7 +181,7 @@ class Model:
             if value[1] != 0:
                 return 0
             home = self._home(value[0])
-            return home if state == "memory" else 1 - home
+            return home if state == "memory" else 1 if self.tables.stored[value[0]] else 1 - home
         if state == "memory":
             return self.a.get((boundary - 1, value), 0)
         return self.d.get((boundary - 1, value), 0)

@@ -222,8 +222,9 @@ class _Graph:
         if producer < 0 and s in self.early and bound.tables.may_leave[s]:
             absent, _ = self.needs_.node("absent", s)
             home, _ = self.needs_.node("home", s)
-            written = (bound.write(s),) if bound.tables.may_spill[s] else ()  # whose home is memory is on disk only if it is written there
-            self.needs_.arcs += [(node, absent, (Way(kept_bytes=size),)), (absent, 1, (bound.read(s, False),)), (absent, home, written)]
+            self.needs_.arcs += [(node, absent, (Way(kept_bytes=size),)), (absent, 1, (bound.read(s, False),))]
+            if not bound.tables.stored[s]:  # whose home is memory is on disk only if it is written there
+                self.needs_.arcs.append((absent, home, (bound.write(s),) if bound.tables.may_spill[s] else ()))
             return
         if producer < 0:
             late = s not in self.early

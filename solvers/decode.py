@@ -82,9 +82,9 @@ class Tables:
         for index, op in enumerate(problem.ops):
             for s in op.writes:
                 self.written.setdefault(s, []).append(index)
-        movable = [s.movable for s in problem.storages]
-        self.may_leave = [m and s.persistent for m, s in zip(movable, problem.storages, strict=True)]
-        self.may_spill = [m and problem.can_offload for m in movable]
+        self.may_leave = [s.movable and s.persistent for s in problem.storages]
+        self.stored = [s.stored for s in problem.storages]
+        self.may_spill = [s.movable and problem.can_offload and not s.stored for s in problem.storages]
         self.pinned = [s.persistent and not s.movable for s in problem.storages]
         self.read_us = [problem.latency_us + math.ceil(size / problem.read_bytes_per_us) for size in self.size]
         self.write_us = [problem.latency_us + math.ceil(size / problem.write_bytes_per_us) for size in self.size]
@@ -145,6 +145,8 @@ class Decoder:
                 self.disk[storage] = 0
             elif info.persistent:
                 self.born(storage, 0, -1, -1)
+                if info.stored:
+                    self.disk[storage] = 0
 
     def born(self, storage: int, version: int, event: int, group: int) -> None:
         """A new instance begins at the event."""

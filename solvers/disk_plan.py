@@ -4,6 +4,7 @@ The runs of a trace stay as they are; of every storage that may be on disk each 
     x[g]     it stays in memory          r[g, p]  it is read from disk in phase p
     w[e, p]  the value that begins at change e is written to disk in phase p          h[s]  the home of persistent s is memory
     D[e, p] = (1 - h[s] where e is the start of the step) + sum of w[e, .] up to p: what is on disk;     R[g, p] = sum of r[g, .] up to p
+    (what is stored has no w, and D = 1 after its first use)
 minimise the sum of the phases' lengths, each at least as long as either clock needs
     x[g] + R[g, end] = 1;     R[g, p] <= D[e, p];     after the last use x = h, and D = 1 - h where the step changed it
     in memory within a gap: o[g, p] >= x + R[g, p],  >= 1 - D[e, p]: a transfer counts by half in its own phase;     all that is there <= budget
@@ -61,7 +62,7 @@ def movable_gaps(tables: Tables, state: State, tiny_bytes: int) -> dict[int, lis
     result = {}
     for s, events in sorted(uses.items()):
         info = storages[s]
-        if s in again or info.output or info.size_bytes <= tiny_bytes or not tables.may_spill[s]:
+        if s in again or info.output or info.size_bytes <= tiny_bytes or not (tables.may_spill[s] or info.stored):
             continue
         at = sorted(e for e in events if 0 <= e < len(trace.kind) and trace.kind[e] == RUN)
         if info.persistent:
@@ -145,7 +146,7 @@ class DiskPlan:
 
     def add_value(self, s: int, change: int, gaps: list[Gap]) -> None:
         """The gaps of a storage between two changes of it."""
-        first, last = self.phase_of(change), self.phase_of(gaps[-1].b)
+        first, last = self.phase_of(change), self.phase_of(gaps[-1].b) if self.tables.may_spill[s] else -1
         for p in range(first, min(last, first + WINDOW - 1) + 1):
             self.written[s, change, p] = self.share()
             self.disk[p].add(self.written[s, change, p], self.tables.write_us[s])
@@ -157,6 +158,8 @@ class DiskPlan:
     def on_disk(self, gap: Gap, last: float, half: bool = False) -> Expression:
         """D: the share of the value on disk after phase `last`; half: what is written in that phase counts by half."""
         result = Expression()
+        if self.tables.stored[gap.storage] and gap.a >= 0:
+            return result.add(1.0)
         if gap.change < 0 and gap.storage in self.home:
             result.add(1.0).add(self.home[gap.storage], -1.0)
         first = self.phase_of(gap.change)

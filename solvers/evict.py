@@ -329,12 +329,13 @@ class Round:
             return
         storage, boundary = int(self.storage[candidate]), self.boundary(candidate, event)
         assert boundary is not None
+        inner = 0 < boundary and 0 <= self.start[candidate] and self.end[candidate] < len(self.live)
         self.drop(candidate)
         if self.tables.problem.storages[storage].persistent:
-            self.move_away(storage)
+            if not (inner and self.tables.stored[storage]):  # whose home may stay memory
+                self.move_away(storage)
         elif eviction.how == "disk":
             self.decisions.spilled.add(storage)
-        inner = 0 < boundary and 0 <= self.start[candidate] and self.end[candidate] < len(self.live)
         if inner or not self.tables.problem.storages[storage].persistent:
             self.decisions.cut(storage, boundary)
         if eviction.closure is not None:

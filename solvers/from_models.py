@@ -13,7 +13,6 @@ from solvers.greedy import SMALL_OPS, TINY_FRACTION, evaluate, first_decisions, 
 from solvers.improve import placed_us, refill
 from solvers.schedule import Run, Schedule
 
-MODEL_WORTH = 1.001  # times the bound: a schedule so good is left as it is
 MODEL_SECONDS = 2.0  # with less time left the global model is not tried
 MODEL_SHARE = 0.7  # of the time left
 REPAIRS = 30
@@ -31,7 +30,7 @@ def offer_model(course: Course) -> None:
     weight = weights_of(tables.problem)[0]
     for ways in (first_decisions(tables).choice, ways_of(tables, best.schedule)):
         left = course.deadline - time.monotonic()
-        if best.report.time_us <= MODEL_WORTH * course.bounds.ordered_us or left < MODEL_SECONDS:
+        if course.settled() or left < MODEL_SECONDS:
             return
         found = False
         for decisions in _if_any(milp.plans(tables, ways, time.monotonic() + MODEL_SHARE * left)):
@@ -52,6 +51,8 @@ def offer_plans(course: Course) -> None:
     chains.sort(key=lambda chain: -chain[1] if disk_first else chain[1])  # by weight
     course.planned.update((id(state), state) for state, _ in chains)
     for phases in PLAN_PHASES:
+        if course.settled():
+            return
         planned = [(_planned(course, state, weight, phases), weight) for state, weight in chains]
         better = sorted(((state, weight) for state, weight in planned if state is not None), key=lambda chain: judge(chain[0]))
         chains = better[: (len(better) + 1) // 2]

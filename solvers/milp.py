@@ -4,7 +4,7 @@ After Checkmate (Jain et al., MLSys 2020) in the residency form: a variable for 
 i, stage q (an op before which things may be brought back), group g (ops that run again together), blocks.py:
     s[i, q]  i stayed in memory from the possible use before q to q      r[g, q]  g runs (again) just before op q
     f[i, q]  i is read from disk just before op q                       y[i]     i is written to disk once
-    h[i]     the home of persistent i is memory                         x[o, c]  op o runs in its way c
+    h[i]     the home of persistent i is memory, which then stays there unless it is stored                         x[o, c]  op o runs in its way c
 minimise  sum time_g r[g, q] + rate * transfers + sum time_oc x[o, c]   subject to
 (C1) need     s[i, q] + r[maker(i), q] + f[i, q] >= 1 where op q uses i; >= r[g, q] where g reads i
 (C2) retain   s[i, next q] <= s[i, q] + r[maker(i), q] + f[i, q] where op q doesn't use i
@@ -124,7 +124,7 @@ class Residency:
                 self.stay[s, b] = 1.0
                 continue
             self.stay[s, b] = self.binary()
-            if info.persistent:
+            if info.persistent and not info.stored:
                 self.row(Expression().add(self.stay[s, b]).add(self.home[s], -1.0), 0.0)
         for q in points:
             if self.may_fetch(s, q):

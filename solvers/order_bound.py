@@ -38,8 +38,8 @@ def base_order_bound_us(problem: Problem, moments: Sequence[int], deadline: floa
 
 def base_order_bounds(problem: Problem, moments: Sequence[int], deadline: float) -> Iterator[int]:
     """Better and better bounds: the roofline; those of as many of the moments (ops that aren't optional; without a disk the ops that need most
-    too) as are solved before the deadline (time.monotonic) and add something; those of the best of them with others; where those say no more, of the best again
-    in whole numbers. The roofline alone without ortools."""
+    too) as are solved before the deadline (time.monotonic), with a disk until PATIENCE of them add nothing; those of the best of them with others;
+    where those say no more, of the best again in whole numbers. The roofline alone without ortools."""
     best = roofline_us(problem)
     yield best
     facts, until = Facts(problem), (time.monotonic() + deadline) / 2  # half of the time for the moments

@@ -13,6 +13,7 @@ nothing is contracted. For a value v = (storage, version), op o, phase k (0: bef
     available(k, v) = K[k, v] + R[k, maker(v)] + F[k, v]  (k = 0, version 0: H[s] for K);     1 where v is first made
     available(k, v) >= X[o, c], R[k, o]  where o (in way c) needs v in phase k;   >= K[k + 1, v];   >= W[k, v], without F: what was read is on disk
     F[k, v] <= D[k, v] = sum of W[0..k, v] + (1 - H[s] for version 0);   N[k, v] + R[k, maker(v)] + D[k, v] >= what is needed in phase k
+    D = 1 for what is stored, which has no W
     an optional op's result: no F in phase 0, where it has to be made once, and F[k, v] <= sum of R[0..k-1, maker(v)]
     memory at moment k: what z uses and creates, its workspace, and all other K[k, v], within the budget; homes at the start and at the end too
 """
@@ -207,6 +208,8 @@ class Program:
 
     def on_disk(self, k: int, value: Value) -> Expression:
         """How much of the value is on disk in phase k, or was."""
+        if self.tables.stored[value[0]]:
+            return Expression(constant=1.0)
         result = self.writes(value, k)
         return result.add(1.0).add(self.home[value[0]], -1.0) if value[1] == 0 and value[0] in self.home else result
 

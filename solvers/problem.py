@@ -63,6 +63,8 @@ class Storage:
     persistent: exists before the step, and after it at its final version.
     movable: may be written to and read from disk; for a persistent one `Schedule.resident` decides its home.
     output: created in the step and live at its end.
+    stored: a persistent movable one that no op writes is on disk wherever its home is (a packed weight in its store): it may leave memory at any
+    time, and is never written.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Storage:
     persistent: bool = False
     movable: bool = True
     output: bool = False
+    stored: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,9 @@ class Problem:
                 creator[storage] = index
             written.update(op.writes)
         _validate_definitions(self, creator)
+        for storage in sorted(written):
+            if self.storages[storage].stored:
+                raise ProblemError(f"storage {self.storages[storage].name}: stored, but an op writes it")
         for op in self.ops:
             _validate_optional(self, op, written)
 
@@ -117,7 +123,8 @@ class Problem:
 
     def moving_only(self, kept: Collection[int]) -> Problem:
         """The same problem in which only these of its movable storages move."""
-        return replace(self, storages=tuple(replace(info, movable=info.movable and s in kept) for s, info in enumerate(self.storages)))
+        fixed = ((s not in kept, info) for s, info in enumerate(self.storages))
+        return replace(self, storages=tuple(replace(info, movable=False, stored=False) if stays else info for stays, info in fixed))
 
     def to_json(self) -> str:
         """The problem as JSON text; `from_json` gives an equal problem back."""
@@ -186,6 +193,8 @@ def _validate_storages(problem: Problem) -> None:
             raise ProblemError(f"storage {storage.name}: size_bytes must be an integer >= 0")
         if storage.persistent and storage.output:
             raise ProblemError(f"storage {storage.name}: persistent storages are kept anyway, don't mark them output")
+        if storage.stored and not (storage.persistent and storage.movable):
+            raise ProblemError(f"storage {storage.name}: only persistent movable storages are stored")
 
 
 def _validate_op(problem: Problem, op: Op) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from solvers import anneal
 from solvers.away_limit import fewer_movable, within_limit, without_limit
-from solvers.bounding import Bounds, bounding
+from solvers.bounding import CLOSE, Bounds, bounding
 from solvers.bounds import roofline_us, working_set
 from solvers.check import Report, replay
 from solvers.course import TRANSFER_WEIGHTS, Best, Course, disk_share, offer_state, weights_of
@@ -17,7 +17,7 @@ from solvers.cut_bound import bound_and_moments
 from solvers.decode import Tables
 from solvers.emit import emit, synchronous
 from solvers.evict import State
-from solvers.from_models import MODEL_WORTH, offer_model, offer_plans, ways_of
+from solvers.from_models import offer_model, offer_plans, ways_of
 from solvers.greedy import descend, first_decisions
 from solvers.held import with_held
 from solvers.improve import placed_us, refill, score, search
@@ -185,7 +185,7 @@ def _offer_greedy(course: Course, more: tuple[float, ...] = (), first_only: bool
     bound = roofline_us(tables.problem)
     for walked in (*weights_of(tables.problem), *more, TIGHTEST):
         late = time.monotonic() > course.deadline
-        if best.report and (walked == TIGHTEST or best.report.time_us <= GOOD_ENOUGH * bound or late):
+        if best.report and (walked == TIGHTEST or best.report.time_us <= GOOD_ENOUGH * bound or late or course.settled()):
             break
         if walked in course.walked:
             continue
@@ -222,7 +222,7 @@ def _offer_search(course: Course) -> None:
 def _offer_reordered(course: Course) -> None:
     """Order free: what annealing finds, as it is and as the order from which the solvers start again."""
     problem, best = course.tables.problem, course.best
-    if best.report is not None and best.report.time_us <= MODEL_WORTH * course.bounds.any_us:
+    if best.report is not None and best.report.time_us <= CLOSE * course.bounds.any_us:
         return
     ways = first_decisions(course.tables).choice if best.schedule is None else ways_of(course.tables, best.schedule)
     resident = frozenset[int]() if best.schedule is None else best.schedule.resident
@@ -236,7 +236,7 @@ def _offer_reordered(course: Course) -> None:
         course.tell("annealing")
     order = anneal.base_order(problem, sequence)
     left = course.deadline - time.monotonic()
-    if best.report is not None and (best.report.time_us <= MODEL_WORTH * course.bounds.any_us or left < 0):
+    if best.report is not None and (best.report.time_us <= CLOSE * course.bounds.any_us or left < 0):
         return
     try:
         found = solve(anneal.reordered(problem, order), "balanced", left, course.seed, progress=course.progress)

@@ -88,7 +88,8 @@ def test_what_is_charged() -> None:
 
 def test_malloc_maps_what_is_large_beside_the_budget() -> None:
     """From a 24th of the budget on, within limits: page faults of small blocks cost too much, and holes of large ones are too large."""
-    assert [overhead.mapped_bytes(budget) for budget in (10**5, 24 << 20, 48 << 20, 96 << 20, 10**10)] == [512 << 10, 1 << 20, 2 << 20, 4 << 20, 4 << 20]
+    budgets = (10**5, 24 << 20, 48 << 20, 96 << 20, 10**10)
+    assert [overhead.mapped_bytes(budget) for budget in budgets] == [512 << 10, 1 << 20, 2 << 20, 4 << 20, 4 << 20]
 
 
 def test_a_placement_above_the_budget_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,8 @@ def _weights(
 ) -> WeightStream:
     """The stream of every packed weight of the program, and of tables that are only looked up."""
     weights = {name: (names[source], getattr(torch, dtype)) for name, (source, dtype) in binding.weights.items()}
-    return WeightStream(store, weights, binding.records, frozenset(binding.kept_records), thread, accelerator)
+    kept, fetched = frozenset(binding.kept_records), frozenset(binding.fetched_records)
+    return WeightStream(store, weights, binding.records, kept, thread, accelerator, fetched)
 
 
 def _slots(binding: Binding, place: Path | Accelerator | None, thread: DiskThread) -> SlotStore | None:

@@ -200,7 +200,7 @@ class Engine:
 
     def offload(self, name: str, tensor: torch.Tensor) -> None:
         """Start writing a tensor's storage to its place on disk; it must stay as it is until `wait`."""
-        self._carrier(name).offload(name, tensor)
+        self._writer(name).offload(name, tensor)
 
     def prefetch(self, name: str, buffer: torch.Tensor) -> None:
         """Start reading a storage from disk into a buffer, which is not to be touched until `wait`."""
@@ -219,11 +219,13 @@ class Engine:
         return tensor
 
     def _carrier(self, name: str) -> ProgramHomes | WeightStream | SlotStore:
-        """Who moves this storage: its home outside of memory, the weight store, or the step's own slots."""
+        """Who moves this storage: the weight store, or who may write it too."""
+        return self.weights if self.weights is not None and name in self.weights else self._writer(name)
+
+    def _writer(self, name: str) -> ProgramHomes | SlotStore:
+        """Its home outside of memory, or the step's own slots."""
         if self.homes is not None and name in self.homes:
             return self.homes
-        if self.weights is not None and name in self.weights:
-            return self.weights
         assert self.activations is not None, f"{name} has no place on disk"
         return self.activations
 

@@ -52,12 +52,13 @@ def binding_of(graph: Graph, plan: Plan, offload: bool, host: bool = False) -> B
     weights, records = _weights(graph)
     slots, scratch_bytes = _slots(graph, plan, ALIGN if host else SLOT_ALIGN) if offload else ({}, 0)
     kept = sorted(graph.storages[index].name for index in plan.schedule.resident if graph.storages[index].role == "weight")
+    read = {graph.storages[step.storage].name for step in plan.schedule.steps if isinstance(step, solvers.Prefetch)}
     restorable = not host and all(graph.storages[index].name in away for index in written)
     tight = not graph.device and is_tight(plan.problem, plan.placement)
     changed = (graph.storages[index].source for index in sorted(written))
     return Binding(
         sources, batch_sources(graph), result_paths(graph), plan.placement.arena_bytes, plan.peak_bytes, plan.problem.budget_bytes,
-        away, resident, rooms, restorable, weights, records, tuple(kept), slots, scratch_bytes,
+        away, resident, rooms, restorable, weights, records, tuple(kept), tuple(sorted(read & records.keys())), slots, scratch_bytes,
         tuple(changed), any(op.rng for op in graph.ops), tight, mapped_bytes(plan.problem.budget_bytes), *_spikes(graph, plan),
     )  # fmt: skip
 
@@ -123,7 +124,7 @@ def _slots(graph: Graph, plan: Plan, align: int) -> tuple[dict[str, tuple[int, i
     sizes = {}
     for index in offloaded:
         storage = graph.storages[index]
-        if storage.role in PERSISTENT and (index not in resident or storage.role == "weight"):
+        if storage.role in PERSISTENT and index not in resident:
             continue
         sizes[storage.name] = storage.size_bytes
     slots, all_bytes = slots_of(sizes, align)

@@ -22,7 +22,8 @@ from mebp_compile.runtime.weights import WeightStore
 
 class WeightStream:
     """Reads the weights of one program. `weights` maps the dense weight's name to its name in the store and its dtype;
-    `records` maps the packed storage's name to the dense weight's name; `resident` records stay in memory between steps."""
+    `records` maps the packed storage's name to the dense weight's name; `resident` records stay in memory between steps; `fetched`
+    ones are read whole in a step."""
 
     def __init__(
         self,
@@ -32,6 +33,7 @@ class WeightStream:
         resident: frozenset[str],
         thread: DiskThread,
         accelerator: Accelerator | None = None,
+        fetched: frozenset[str] = frozenset(),
     ) -> None:
         self.device = torch.device("cpu") if accelerator is None else accelerator.device
         self.store, self.weights, self.records, self.thread = store, dict(weights), dict(records), thread
@@ -39,12 +41,12 @@ class WeightStream:
         self._tile: torch.Tensor | None = None
         self.at_home = resident
         self.resident: dict[str, torch.Tensor] = {}
-        self.host = self._in_host_memory(accelerator) if accelerator is not None else None
+        self.host = self._in_host_memory(accelerator, fetched) if accelerator is not None else None
         self.arrange()
 
-    def _in_host_memory(self, accelerator: Accelerator) -> HostSlots:
-        """Every record that is not always in the accelerator's memory, read once."""
-        sizes = {name: self.store.entry(self._entry(name)).length for name in self.records if name not in self.at_home}
+    def _in_host_memory(self, accelerator: Accelerator, fetched: frozenset[str]) -> HostSlots:
+        """The records that a step on the accelerator reads, read once from disk."""
+        sizes = {name: self.store.entry(self._entry(name)).length for name in sorted(fetched)}
         slots, capacity_bytes = slots_of(sizes, ALIGN)
         host = HostSlots(capacity_bytes, slots, accelerator)
         for name in sizes:
@@ -61,9 +63,6 @@ class WeightStream:
         buffer = torch.empty(self.store.entry(self._entry(name)).length, dtype=torch.uint8)
         self.store.read_into(self._entry(name), buffer)
         return buffer.to(self.device)
-
-    def offload(self, name: str, buffer: torch.Tensor) -> None:
-        """The store has the record already: nothing is written."""
 
     def release(self, name: str) -> None:
         """The record leaves memory, perhaps for a while only."""

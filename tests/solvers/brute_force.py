@@ -36,7 +36,7 @@ class _Search:
         self.remaining = [sum(best[k:]) for k in range(len(best) + 1)]
         infos = list(enumerate(problem.storages))
         self.memory0 = frozenset((k, 0) for k, s in infos if s.persistent and (k in home or not s.movable))
-        self.disk0 = frozenset((k, 0) for k, s in infos if s.persistent and s.movable and k not in home)
+        self.disk0 = frozenset((k, 0) for k, s in infos if s.stored or (s.persistent and s.movable and k not in home))
         self.memory_end = frozenset(
             (k, final[k]) for k, s in infos if s.output or (s.persistent and (k in home or not s.movable))
         )
@@ -87,7 +87,7 @@ class _Search:
             info = problem.storages[value[0]]
             if info.movable or not info.persistent:
                 yield (position, last, rerun, memory - {value}, disk), 0
-            if info.movable and problem.can_offload and value not in disk:
+            if info.movable and problem.can_offload and not info.stored and value not in disk:
                 others = frozenset(x for x in disk if x[0] != value[0])
                 duration = problem.latency_us + math.ceil(info.size_bytes / problem.write_bytes_per_us)
                 yield (position, last, rerun, memory, others | {value}), duration

@@ -93,6 +93,10 @@ def small(seed: int) -> Problem:
         touched = {*op.creates, *(s for choice in op.choices for s in choice.reads)}
         if may_be and not written & touched and draw.random() < 0.3:
             b.ops[k] = replace(op, optional=True)
+    apart, written = random.Random(-1 - seed), {s for op in b.ops for s in op.writes}  # a draw of its own: the rest stays as it was without it
+    for s in persistent:
+        if b.storages[s].movable and s not in written and apart.random() < 0.6:
+            b.storages[s] = replace(b.storages[s], stored=True)
     options = {
         "read_bytes_per_us": 10.0,
         "write_bytes_per_us": 5.0,
@@ -216,7 +220,7 @@ class _Transformer:
         rows, columns = self.SHAPES[name]
         key = f"{self.module}.{name}"
         self.packed[key] = self.b.storage(
-            f"{key}.packed", self.h * self.h * rows * columns // 2, persistent=True, movable=self.on_disk
+            f"{key}.packed", self.h * self.h * rows * columns // 2, persistent=True, movable=self.on_disk, stored=self.on_disk
         )
         pair = tuple(
             self.b.storage(f"{key}.lora_{side}", 16 * self.h * (rows if side == "A" else columns), persistent=True)

@@ -26,7 +26,7 @@ class Base:
             s for s, i in enumerate(problem.storages) if i.persistent and (not i.movable or s in schedule.resident)
         }
         live, pending = set(homes), set[int]()
-        copied = {s for s, i in enumerate(problem.storages) if i.persistent} - homes
+        copied = {s for s, i in enumerate(problem.storages) if i.persistent and (i.stored or s not in homes)}
         for step in (*self.steps, None):
             self.live.append(set(live))
             self.pending.append(set(pending))
@@ -56,6 +56,10 @@ class Base:
             return False
         op = self.problem.ops[step.op]
         return storage in op.choices[step.choice].reads or storage in op.writes
+
+    def may_be_written(self, storage: int) -> bool:
+        info = self.problem.storages[storage]
+        return info.movable and self.problem.can_offload and not info.stored
 
     def pinned(self, storage: int) -> bool:
         info = self.problem.storages[storage]
@@ -90,7 +94,7 @@ def stale_version(b: Base) -> Iterator[Mutant]:
 def write_in_flight(b: Base) -> Iterator[Mutant]:
     for at, step in b.runs():
         for s in b.problem.ops[step.op].writes:
-            if b.problem.storages[s].movable and b.problem.can_offload and s not in b.pending[at]:
+            if b.may_be_written(s) and s not in b.pending[at]:
                 yield b.insert(at, Offload(s))
 
 
@@ -175,10 +179,17 @@ def offload_not_movable(b: Base) -> Iterator[Mutant]:
                 yield b.insert(at, Offload(s))
 
 
+def offload_stored(b: Base) -> Iterator[Mutant]:
+    for at in range(len(b.steps) + 1):
+        for s in b.live[at] - b.pending[at]:
+            if b.problem.storages[s].stored and b.problem.can_offload:
+                yield b.insert(at, Offload(s))
+
+
 def transfer_pending(b: Base) -> Iterator[Mutant]:
     if b.problem.can_offload:
         for at in range(len(b.steps) + 1):
-            yield from (b.insert(at, Offload(s)) for s in b.pending[at])
+            yield from (b.insert(at, Offload(s)) for s in b.pending[at] if b.may_be_written(s))
 
 
 def prefetch_live(b: Base) -> Iterator[Mutant]:
@@ -200,7 +211,7 @@ def wait_nothing(b: Base) -> Iterator[Mutant]:
 
 def end_in_flight(b: Base) -> Iterator[Mutant]:
     for s in b.live[-1]:
-        if b.problem.storages[s].movable and b.problem.can_offload:
+        if b.may_be_written(s):
             yield b.insert(len(b.steps), Offload(s))
 
 
@@ -243,6 +254,7 @@ KINDS: dict[str, Callable[[Base], Iterator[Mutant]]] = {
     for kind in (
         not_live, in_flight, stale_version, write_in_flight, useless_run, rerun_forbidden, rng_order, missing_op,
         unknown_id, bad_choice, free_not_live, free_in_flight, free_pinned, offload_not_live, offload_not_movable,
+        offload_stored,
         transfer_pending, prefetch_live, prefetch_no_copy, wait_nothing, end_in_flight, bad_resident, end_output,
         end_home, end_leak, over_budget,
     )

@@ -60,7 +60,8 @@ class Log:
         """Version on disk after the first `until` steps, or None: decided by the last write to disk that began."""
         began = [k for k in range(until) if self.past[k] == Offload(s)]
         if not began:
-            return 0 if self.problem.storages[s].persistent and not self.at_home(s) else None
+            info = self.problem.storages[s]
+            return 0 if info.stored or (info.persistent and not self.at_home(s)) else None
         done = [k for k in range(began[-1], until) if self.past[k] == Wait(s)]
         return self.memory(s, done[0]) if done else None
 
@@ -102,7 +103,7 @@ def check_transfer(log: Log, step: Free | Offload | Prefetch | Wait) -> None:
     if isinstance(step, Free):
         demand(live and pending is None and (info.movable or not info.persistent))
     elif isinstance(step, Offload):
-        demand(live and pending is None and info.movable and log.problem.can_offload)
+        demand(live and pending is None and info.movable and log.problem.can_offload and not info.stored)
     elif isinstance(step, Prefetch):
         demand(not live and log.disk(s, len(log.past)) is not None)
     else:

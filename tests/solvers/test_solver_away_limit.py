@@ -8,7 +8,7 @@ from generators import layered, small, transformer
 from solvers.baselines import keep_all
 from solvers.check import ScheduleError, replay
 from solvers.problem import Problem, ProblemError
-from solvers.schedule import Offload, Schedule
+from solvers.schedule import Offload, Prefetch, Schedule
 from solvers.solve import Infeasible, Solution, smallest, solve
 
 LIMITS = (0.0, 0.3, 0.7, 1.0)
@@ -17,7 +17,7 @@ LIMITS = (0.0, 0.3, 0.7, 1.0)
 def away_set(problem: Problem, schedule: Schedule) -> set[int]:
     """What needs a place outside of memory, from the steps alone."""
     at_home = {s for s, info in enumerate(problem.storages) if info.persistent and info.movable and s not in schedule.resident}
-    return at_home | {step.storage for step in schedule.steps if isinstance(step, Offload)}
+    return at_home | {step.storage for step in schedule.steps if isinstance(step, (Offload, Prefetch))}
 
 
 def answer(problem: Problem) -> tuple[Solution | None, Infeasible | None]:
