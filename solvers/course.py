@@ -41,7 +41,7 @@ class Best:
 @dataclass(slots=True)
 class Course:
     """What the parts of one solve share. bounds: as far as they are known by now. modelled: models follow the greedy paths. states: what paths,
-    plans and the model ended with, and the weight of transfers there."""
+    plans and the model ended with, and the weight of transfers there. walked: the weight of each greedy path, and the seconds that it took."""
 
     tables: Tables
     best: Best
@@ -51,7 +51,7 @@ class Course:
     bounds: Bounds
     modelled: bool
     states: list[tuple[State, float]] = field(default_factory=list)
-    walked: list[float] = field(default_factory=list)
+    walked: dict[float, float] = field(default_factory=dict)
     planned: dict[int, State] = field(default_factory=dict)  # by id: what has been, or is, a disk plan
 
     def settled(self) -> bool:

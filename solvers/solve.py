@@ -184,12 +184,13 @@ def _offer_greedy(course: Course, more: tuple[float, ...] = (), first_only: bool
     tables, best, smallest_found = course.tables, course.best, list[int]()
     bound = roofline_us(tables.problem)
     for walked in (*weights_of(tables.problem), *more, TIGHTEST):
-        late = time.monotonic() > course.deadline
+        before = time.monotonic()
+        late = before + max(course.walked.values(), default=0.0) * course.modelled > course.deadline  # another would take as long
         if best.report and (walked == TIGHTEST or best.report.time_us <= GOOD_ENOUGH * bound or late or course.settled()):
             break
         if walked in course.walked:
             continue
-        course.walked.append(walked)
+        course.walked[walked] = 0.0
         weight = walked or weights_of(tables.problem)[0]
         path = list(_until_fit(tables, walked))
         smallest_found.append(min(state.profile.peak_bytes for state in path))
@@ -197,6 +198,7 @@ def _offer_greedy(course: Course, more: tuple[float, ...] = (), first_only: bool
             continue
         state = min(_filled(tables, best, path[-1], weight, not course.modelled), key=lambda state: score(state, weight))
         course.states.append((state, weight))
+        course.walked[walked] = time.monotonic() - before
         course.tell(f"greedy (transfers x {weight})")
         if first_only:
             break

@@ -239,7 +239,10 @@ def test_packed_weights_at_home_in_memory_may_leave_it(disk_folder: Path) -> Non
         with estimated_costs(), mock.patch.object(solvers, "solve", functools.partial(_solve_with_cuts, cuts=cuts)):
             compiled = compiler.optimize(step, BUDGET_BYTES, state=[model, optimizer], weights="int8", offload=disk_folder, cache=False)
             results.append([compiled(torch.full((4, 64), 0.1)).item() for _ in range(3)])
-        assert ("run.offload(" in compiled.code) == bool(cuts)
+        assert ("run.prefetch(" in compiled.code) == bool(cuts)
+        assert "run.offload(" not in compiled.code  # it is in its store
+        assert compiled.plan is not None
+        assert compiled.plan.report.written_bytes == 0
         stream = compiled.program.engine.weights
         assert stream is not None
         (name,) = stream.resident

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from solvers.bounding import Bounds
 from solvers.check import replay
 from solvers.course import Best, Course
 from solvers.decode import Tables
@@ -27,7 +28,7 @@ def streamed(table_bytes: int, budget_bytes: int) -> Problem:
 
 
 def course_of(problem: Problem, seconds: float = 100.0) -> Course:
-    course = Course(Tables(problem), Best(problem), time.monotonic() + seconds, 0, None, 0, True)
+    course = Course(Tables(problem), Best(problem), time.monotonic() + seconds, 0, None, Bounds(0, 0), True)
     _offer_greedy(course)
     return course
 
