@@ -17,7 +17,7 @@ from solvers.cut_bound import bound_and_moments
 from solvers.order_bound import base_order_bounds
 from solvers.problem import Problem
 
-ASIDE_OPS = 1500  # from which on starting a process pays
+ASIDE_OPS = 1000  # from which on starting a process pays
 IN_LINE_SHARE = 0.25  # of the time, where there is no such process
 ENDING_SECONDS = 0.3  # for what the process does after its own deadline
 CLOSE = 1.001  # times the bound: neither a better schedule nor a better bound is looked for

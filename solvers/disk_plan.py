@@ -35,6 +35,9 @@ UNIT = 1024.0  # bytes
 WINDOW = 5  # phases: a read begins at most so many before its use, a write ends at most so many after its change
 TINY_SHARE = 1 / 2000  # of the budget: what is no larger stays as it is
 KEPT = 0.5
+PART = 1e-3
+MOST_PARTS = 100
+WHOLE_SECONDS, WHOLE_GAP = 5.0, 5e-3
 SHARES = (1.0, 0.97, 0.94)
 LEAST_SECONDS = 0.1
 DISK_US = 1e-3  # of each transfer: ties are decided for the disk
@@ -253,16 +256,32 @@ class DiskPlan:
         return sorted(e for e in at if e < self.count and self.trace.kind[e] != READ)
 
     def solve(self, share: float, seconds: float) -> Decisions | None:
-        """The best decisions within a share of the budget, rounded; None where there are none, or not in time."""
+        """The best decisions within a share of the budget; None where there are none, or not in time. What the program would keep in part is kept
+        whole or not at all in a second one: half of a large storage is no small error. The rest, where that fails, is rounded."""
+        self.room.lower_bound = self.room.upper_bound = share * self.tables.problem.budget_bytes / UNIT
+        values = self.run(seconds)
+        if values is None:
+            return None
+        kept = (variable for variable in (*self.stay.values(), *self.home.values()) if not isinstance(variable, float))
+        parts = [variable for variable in kept if PART < values[variable] < 1 - PART]
+        for variable in parts:
+            variable.integer = True
+        whole = self.run(min(seconds, WHOLE_SECONDS)) if 0 < len(parts) <= MOST_PARTS else None
+        for variable in parts:
+            variable.integer = False
+        return self.decisions(whole or values)
+
+    def run(self, seconds: float) -> dict[Variable, float] | None:
+        """The program's solution, or None where it has none in time."""
         from ortools.math_opt.python import mathopt
 
-        self.room.lower_bound = self.room.upper_bound = share * self.tables.problem.budget_bytes / UNIT
-        parameters = mathopt.SolveParameters(time_limit=timedelta(seconds=max(seconds, LEAST_SECONDS)))
+        limit = timedelta(seconds=max(seconds, LEAST_SECONDS))
+        parameters = mathopt.SolveParameters(time_limit=limit, relative_gap_tolerance=WHOLE_GAP)
         try:
             result = mathopt.solve(self.model, mathopt.SolverType.HIGHS, params=parameters)
         except (AttributeError, RuntimeError, ValueError):  # as in milp.py: so some failures of the solver arrive here
             return None
-        return self.decisions(result.variable_values()) if result.has_primal_feasible_solution() else None
+        return result.variable_values() if result.has_primal_feasible_solution() else None
 
     def decisions(self, values: dict[Variable, float]) -> Decisions:
         result = self.state.decisions.copy()

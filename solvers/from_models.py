@@ -66,6 +66,8 @@ def _planned(course: Course, start: State, weight: float, phases: int) -> State 
         for decisions in _if_any(disk_plan.plans(tables, start, count, course.deadline)):
             state = _repaired(tables, decisions, weight)
             found += [state] if state is not None else []
+            if state is not None and state.decisions is decisions:  # it fits as it is: smaller shares of the budget are for those that don't
+                break
         if found:
             break
     if not found:

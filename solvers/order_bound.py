@@ -28,6 +28,8 @@ PATIENCE = 3  # moments in a row that add nothing: the first ones are the best, 
 WORTH = 2e-4  # of the bound: what a further moment has to add
 FAR_SHORT = 0.98  # of the bound of the best moment: several moments, loosely; then they don't say more when asked closely
 WHOLE_GAPS = (3e-3, 1e-4)  # cuts come first; then the solver looks long for solutions, of which a bound has no need
+CHAIN_GAP = 1e-3
+LARGE = 1 / 20  # of the budget: half of such a storage says less than the bound could
 SAFE = 1e-6  # of the bound: what the linear program may be wrong by
 
 
@@ -80,6 +82,7 @@ def _chained_us(facts: Facts, ranked: Sequence[int], best: int, deadline: float)
         yield bound
         if bound < FAR_SHORT * best:
             return
+    yield _bound_us(Facts(facts.problem, int(TINY_SHARES[0] * facts.problem.budget_bytes)), moments, deadline, CHAIN_GAP, LARGE)
 
 
 def _together_us(facts: Facts, ranked: Sequence[int], best: int, deadline: float) -> Iterator[int]:
@@ -107,9 +110,9 @@ def chain(facts: Facts, best: Sequence[int]) -> list[int]:
     return sorted({*best, *(o for _, o in chosen.values())})
 
 
-def _bound_us(facts: Facts, moments: Sequence[int], deadline: float, gap: float | None = None) -> int:
+def _bound_us(facts: Facts, moments: Sequence[int], deadline: float, gap: float | None = None, large: float = 0.0) -> int:
     """The bound for these moments; 0 where it is not solved before the deadline. With a `gap` in whole numbers, which a schedule gives, until the
-    bound is as near to their optimum."""
+    bound is as near to their optimum; with `large` only what is kept of storages above that share of the budget is whole."""
     try:
         from ortools.math_opt.python import mathopt
     except ImportError:
@@ -117,8 +120,10 @@ def _bound_us(facts: Facts, moments: Sequence[int], deadline: float, gap: float 
     if time.monotonic() > deadline:
         return 0
     whole = gap is not None
-    program = Program(facts, moments, whole)
+    program = Program(facts, moments, whole and not large)
     program.build()
+    if large:
+        program.keep_whole(large * facts.problem.budget_bytes)
     left = timedelta(seconds=max(deadline - time.monotonic(), LEAST_SECONDS))
     try:
         result = mathopt.solve(program.model, mathopt.SolverType.HIGHS, params=mathopt.SolveParameters(time_limit=left, relative_gap_tolerance=gap))

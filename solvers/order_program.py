@@ -106,6 +106,13 @@ class Program:
                 self.postpone(k, value)
         self.add_clocks()
 
+    def keep_whole(self, least_bytes: float) -> None:
+        """K and H in whole numbers for storages above so many bytes."""
+        for (_, (s, _)), kept in self.kept.items():
+            kept.integer = self.tables.size[s] > least_bytes
+        for s, home in self.home.items():
+            home.integer = self.tables.size[s] > least_bytes
+
     def row(self, expression: Expression, least: float = -math.inf, most: float = math.inf) -> None:
         row = self.model.add_linear_constraint(lb=least - expression.constant, ub=most - expression.constant)
         for variable, value in expression.terms.items():
