@@ -97,9 +97,12 @@ def _processors() -> int:
 
 
 def _main() -> None:
-    """The process: a problem on standard input and a deadline as argument, pairs of bounds on standard output."""
-    for pair in improving(Problem.from_json(sys.stdin.read()), float(sys.argv[1])):
-        print(*pair, flush=True)
+    """The process: a problem on standard input and a deadline as argument, pairs of bounds on standard output, where nothing else may go: HiGHS
+    prints a warning now and then."""
+    with open(os.dup(1), "w") as output:
+        os.dup2(2, 1)
+        for pair in improving(Problem.from_json(sys.stdin.read()), float(sys.argv[1])):
+            print(*pair, file=output, flush=True)
 
 
 if __name__ == "__main__":

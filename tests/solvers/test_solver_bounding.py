@@ -1,6 +1,8 @@
 """solvers.bounding: the bounds of a solve, in this process or in one of their own."""
 
+import subprocess
 import time
+from typing import Any
 
 import pytest
 from generators import layered, transformer
@@ -37,7 +39,9 @@ def test_a_process_finds_the_same(aside: None, monkeypatch: pytest.MonkeyPatch) 
     problem = tight(layered(3, 60))
     *_, last = improving(problem, time.monotonic() + 100.0)
     known, beside = at_end(problem, 100.0)
-    assert beside and known.child is not None and known.child.poll() is not None
+    assert beside
+    assert known.child is not None
+    assert known.child.poll() is not None
     assert (known.any_us, known.ordered_us) == last
     assert roofline_us(problem) <= known.any_us == lower_bound_us(problem) < known.ordered_us
     monkeypatch.setattr(module, "_processors", lambda: 1)
@@ -51,7 +55,26 @@ def test_no_time_for_it(aside: None) -> None:
     problem = tight(layered(3, 60))
     known, _ = at_end(problem, 0.0)
     assert known.any_us == known.ordered_us == roofline_us(problem)
-    assert known.child is not None and known.child.returncode
+    assert known.child is not None
+    assert known.child.returncode
+
+
+def test_what_a_library_prints_is_no_bound(aside: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HiGHS prints warnings from C; the process's output stays pairs of numbers."""
+    problem = tight(layered(3, 60))
+    noise = "import os, runpy, solvers.order_bound as o; f = o.base_order_bounds; "
+    noise += "o.base_order_bounds = lambda *a: (os.write(1, b'noise\\n'), f(*a))[1]; "
+    start = subprocess.Popen
+
+    def noisy(command: list[str], **options: Any) -> Any:
+        assert command[1:3] == ["-m", "solvers.bounding"]
+        run = f"{noise}import sys; sys.argv = ['', {command[3]!r}]; runpy.run_module('solvers.bounding', run_name='__main__')"
+        return start([command[0], "-c", run], **options)
+
+    monkeypatch.setattr(module.subprocess, "Popen", noisy)
+    *_, last = improving(problem, time.monotonic() + 100.0)
+    known, _ = at_end(problem, 100.0)
+    assert (known.any_us, known.ordered_us) == last
 
 
 def test_a_good_schedule_needs_no_better_bound(aside: None) -> None:
@@ -59,13 +82,15 @@ def test_a_good_schedule_needs_no_better_bound(aside: None) -> None:
     problem = tight(layered(3, 60))
     with bounding(problem, 1000.0) as known:
         known.wait(roofline_us(problem))
-        assert known.child is not None and known.child.poll() is None
+        assert known.child is not None
+        assert known.child.poll() is None
 
 
 def test_a_failure_ends_the_process(aside: None) -> None:
     with pytest.raises(Infeasible), bounding(layered(3, 60), 1000.0) as known:
         raise Infeasible(2, 1, "an op")
-    assert known.child is not None and known.child.poll() is not None
+    assert known.child is not None
+    assert known.child.poll() is not None
 
 
 def test_solve_takes_them(aside: None) -> None:
