@@ -26,7 +26,7 @@ NEEDY = 40  # ops that need most bytes alone, tried as moments
 TRIED = 16  # of the best moments, tried beside others
 PATIENCE = 3  # moments in a row that add nothing: the first ones are the best, and with a disk it's their whole numbers that say more
 WORTH = 2e-4  # of the bound: what a further moment has to add
-FAR_SHORT = 0.98  # of the bound of the best moment: several moments, loosely; then they don't say more when asked closely
+FAR_SHORT = 0.98  # of the bound of the best moment: several moments, loosely; then they seldom say more when asked closely
 WHOLE_GAPS = (3e-3, 1e-4)  # cuts come first; then the solver looks long for solutions, of which a bound has no need
 CHAIN_GAP = 1e-3
 LARGE = 1 / 20  # of the budget: half of such a storage says less than the bound could
@@ -75,14 +75,18 @@ def needy(facts: Facts) -> list[int]:
 
 
 def _chained_us(facts: Facts, ranked: Sequence[int], best: int, deadline: float) -> Iterator[int]:
-    """Bounds of the best moments together with some over the whole step, first loosely, and only so where that falls far short of `best`."""
+    """Bounds of the best moments together with some over the whole step, first loosely; where that falls far short of `best` the best moment is
+    solved in whole numbers before they are asked closely."""
     moments = chain(facts, ranked[:BEST_MOMENTS])
-    for tiny_bytes in dict.fromkeys(int(share * facts.problem.budget_bytes) for share in TINY_SHARES):
-        bound = _bound_us(Facts(facts.problem, tiny_bytes), moments, deadline)
-        yield bound
-        if bound < FAR_SHORT * best:
-            return
-    yield _bound_us(Facts(facts.problem, int(TINY_SHARES[0] * facts.problem.budget_bytes)), moments, deadline, CHAIN_GAP, LARGE)
+    loose, close = (Facts(facts.problem, int(share * facts.problem.budget_bytes)) for share in TINY_SHARES)
+    bound = _bound_us(loose, moments, deadline)
+    yield bound
+    if bound < FAR_SHORT * best:
+        yield _bound_us(facts, ranked[:1], deadline, WHOLE_GAPS[0])
+        yield _bound_us(close, moments, deadline)
+    else:
+        yield _bound_us(close, moments, deadline)
+        yield _bound_us(loose, moments, deadline, CHAIN_GAP, LARGE)
 
 
 def _together_us(facts: Facts, ranked: Sequence[int], best: int, deadline: float) -> Iterator[int]:
