@@ -44,9 +44,9 @@ def mapped_bytes(budget_bytes: int) -> int:
     return min(FRESH_BYTES, max(LEAST_FRESH_BYTES, budget_bytes // HOLES))
 
 
-def fault_us(size_bytes: int, mapped_bytes: int | None = None) -> float:
-    """What the pages of a block take when they are first used, where malloc maps it anew each time: blocks of `mapped_bytes` on."""
-    return FAULT_US_PER_BYTE * size_bytes if size_bytes >= (FRESH_BYTES if mapped_bytes is None else mapped_bytes) else 0.0
+def fault_us(size_bytes: int, fresh_bytes: int = FRESH_BYTES) -> float:
+    """What the pages of a block take when they are first used, where malloc maps it anew each time: blocks of `fresh_bytes` on."""
+    return FAULT_US_PER_BYTE * size_bytes if size_bytes >= fresh_bytes else 0.0
 
 
 def charged_sizes(graph: Graph, moved: Collection[int]) -> tuple[int, ...]:

@@ -4,9 +4,10 @@ After Checkmate (Jain et al., MLSys 2020) in the residency form: a variable for 
 i, stage q (an op before which things may be brought back), group g (ops that run again together), blocks.py:
     s[i, q]  i stayed in memory from the possible use before q to q      r[g, q]  g runs (again) just before op q
     f[i, q]  i is read from disk just before op q                       y[i]     i is written to disk once
-    h[i]     the home of persistent i is memory, which then stays there unless it is stored                         x[o, c]  op o runs in its way c
+    h[i]     the home of persistent i is memory                         x[o, c]  op o runs in its way c
 minimise  sum time_g r[g, q] + rate * transfers + sum time_oc x[o, c]   subject to
 (C1) need     s[i, q] + r[maker(i), q] + f[i, q] >= 1 where op q uses i; >= r[g, q] where g reads i
+(C1') home    s[i, q] >= h[i] unless i is stored
 (C2) retain   s[i, next q] <= s[i, q] + r[maker(i), q] + f[i, q] where op q doesn't use i
 (C3) memory   at every op, and inside every r[g, q]: bytes of base order + bytes of items there <= budget
 (C4) disk     f[i, q] <= y[i] for what the step made; all transfers together take no longer than the step

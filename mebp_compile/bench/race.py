@@ -78,6 +78,8 @@ def race(contestants: Sequence[Contestant], rounds: int, text: Path, progress: P
             _take(result, runner.ask("step"))  # warms the kernels and touches the pages
         alone = len(runners) == 1
         for number in range(rounds):
+            if all(result.error for result in results):
+                break
             for runner, result in runners:
                 _timed(result, runner, alone)
             progress.say(f"round {number + 1} of {rounds}: " + ", ".join(f"{r.name} {r.seconds[-1]:.2f} s" for _, r in runners if r.seconds))

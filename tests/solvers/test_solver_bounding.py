@@ -97,7 +97,7 @@ def test_solve_takes_them(aside: None) -> None:
     """The answer's bounds are those of the process, below its time."""
     problem = tight(transformer(2))
     *_, (any_us, ordered_us) = improving(problem, time.monotonic() + 100.0)
-    found = solve(problem, "balanced", 20.0)
+    found = solve(problem, "balanced", 6.0)
     assert found.order_bound_us is not None
     assert roofline_us(problem) <= found.bound_us <= found.order_bound_us <= found.report.time_us
     assert found.bound_us <= any_us

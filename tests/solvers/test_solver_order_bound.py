@@ -44,7 +44,7 @@ def test_below_every_optimum_at_every_moment(batch: int) -> None:
 
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_below_every_optimum_with_every_moment_at_once(batch: int) -> None:
-    """As many phases as ops, in fractions and in whole numbers."""
+    """As many phases as ops: in fractions, in whole numbers, and with large storages whole."""
     for seed in range(batch, 100, BATCHES):
         problem = small(40_000 + seed)
         try:
@@ -53,8 +53,9 @@ def test_below_every_optimum_with_every_moment_at_once(batch: int) -> None:
             continue
         most = min(found, optimum_us(problem, found) or found)
         moments = [z for z, op in enumerate(problem.ops) if not op.optional]
-        for whole in (False, True):
-            assert _bound_us(Facts(problem), moments, time.monotonic() + 100.0, whole) <= most, problem.name
+        bounds = [_bound_us(Facts(problem), moments, time.monotonic() + 100.0, *how) for how in ((), (1e-4, 0.3), (1e-4,))]
+        assert bounds == sorted(bounds), problem.name  # each knows more than the one before it
+        assert bounds[-1] <= most, problem.name
 
 
 def test_the_disk_waits_for_what_it_moves() -> None:
