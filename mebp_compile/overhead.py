@@ -23,7 +23,8 @@ MAPPED_BYTES = 128 << 10
 PAGE_BYTES = 4096
 FRESH_BYTES = 4 << 20  # blocks from here on malloc maps and gives back at once where the budget is tight, see `mapped_bytes`
 LEAST_FRESH_BYTES = 512 << 10
-HOLES = 24  # a budget of this many blocks that malloc keeps
+HOLES = 24  # a small budget of this many blocks that malloc keeps
+SMALL_BUDGET_BYTES = 16_000_000  # above it that costs more page faults than steps of real models can bear
 DEVICE_BLOCK_BYTES = 512  # an accelerator's allocator gives multiples of this
 FAULT_US_PER_BYTE = 4e-4  # of a fresh page: 0.5 s of system time for 300,000 pages of 4 KiB
 
@@ -39,9 +40,9 @@ def allocated_bytes(size_bytes: int, device: str = "") -> int:
 
 
 def mapped_bytes(budget_bytes: int) -> int:
-    """From which size on malloc maps blocks and gives them back at once, where the budget is tight: the holes that smaller ones leave in its
-    heap stay small beside the budget (decisions/0010)."""
-    return min(FRESH_BYTES, max(LEAST_FRESH_BYTES, budget_bytes // HOLES))
+    """From which size on malloc maps blocks and gives them back at once, where the budget is tight: at a small budget the holes that smaller
+    ones leave in its heap stay small beside it (decisions/0010)."""
+    return FRESH_BYTES if budget_bytes >= SMALL_BUDGET_BYTES else min(FRESH_BYTES, max(LEAST_FRESH_BYTES, budget_bytes // HOLES))
 
 
 def fault_us(size_bytes: int, fresh_bytes: int = FRESH_BYTES) -> float:
