@@ -42,7 +42,7 @@ def allocated_bytes(size_bytes: int, device: str = "") -> int:
 def mapped_bytes(budget_bytes: int) -> int:
     """From which size on malloc maps blocks and gives them back at once, where the budget is tight: at a small budget the holes that smaller
     ones leave in its heap stay small beside it (decisions/0010)."""
-    return FRESH_BYTES if budget_bytes >= SMALL_BUDGET_BYTES else min(FRESH_BYTES, max(LEAST_FRESH_BYTES, budget_bytes // HOLES))
+    return FRESH_BYTES if budget_bytes >= SMALL_BUDGET_BYTES else max(LEAST_FRESH_BYTES, budget_bytes // HOLES)
 
 
 def fault_us(size_bytes: int, fresh_bytes: int = FRESH_BYTES) -> float:

@@ -11,7 +11,7 @@ import math
 
 from solvers.bounds import alone_bytes, always_live, bytes_of, roofline_us
 from solvers.decode import Tables, Value
-from solvers.parametric_cut import Limits, Needs, Way, least_us
+from solvers.parametric_cut import Limits, Needs, Network, Way, least_us
 from solvers.problem import Choice, Op, Problem
 
 SEPARATORS = 4  # near the border of forward and backward
@@ -275,12 +275,12 @@ def bound_and_moments(problem: Problem) -> tuple[int, list[int]]:
 def _bound_of(bound: _Bound, needs: Needs, known_us: int) -> int:
     """The bound of one separator: the least over its ways, which end early where that can't exceed what is known. What is at home in memory is
     there beside the outputs at the end of the step."""
-    planes, least, budget_bytes = list[Way](), math.inf, bound.problem.budget_bytes
+    network, planes, least, budget_bytes = Network(needs), list[Way](), math.inf, bound.problem.budget_bytes
     most = 10.0 * (bound.base_us + 1) / min(1e4, budget_bytes + 1)
     for penalty, room in sorted(needs.choices):
         if bound.base_us + penalty < least:
             limits = Limits(bound.base_us + penalty, room, budget_bytes - bound.ended_bytes)
-            least = min(least, least_us(needs, limits, most, planes))
+            least = min(least, least_us(network, limits, most, planes))
         if least <= known_us:
             break
     return math.floor(least) if least < math.inf else 0

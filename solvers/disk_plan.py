@@ -18,7 +18,6 @@ import time
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,7 +25,7 @@ import numpy as np
 from solvers.decode import READ, RUN, Decisions, Tables
 from solvers.emit import Ints, run_times
 from solvers.evict import State
-from solvers.linear import Expression, mathopt_sum
+from solvers.linear import Expression, highs, mathopt_sum
 
 if TYPE_CHECKING:
     from ortools.math_opt.python.mathopt import Variable
@@ -273,15 +272,8 @@ class DiskPlan:
 
     def run(self, seconds: float) -> dict[Variable, float] | None:
         """The program's solution, or None where it has none in time."""
-        from ortools.math_opt.python import mathopt
-
-        limit = timedelta(seconds=max(seconds, LEAST_SECONDS))
-        parameters = mathopt.SolveParameters(time_limit=limit, relative_gap_tolerance=WHOLE_GAP)
-        try:
-            result = mathopt.solve(self.model, mathopt.SolverType.HIGHS, params=parameters)
-        except (AttributeError, RuntimeError, ValueError):  # as in milp.py: so some failures of the solver arrive here
-            return None
-        return result.variable_values() if result.has_primal_feasible_solution() else None
+        result = highs(self.model, max(seconds, LEAST_SECONDS), WHOLE_GAP)
+        return result.variable_values() if result is not None and result.has_primal_feasible_solution() else None
 
     def decisions(self, values: dict[Variable, float]) -> Decisions:
         result = self.state.decisions.copy()

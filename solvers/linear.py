@@ -1,13 +1,14 @@
-"""Linear expressions over MathOpt variables: a dictionary and a constant, much faster to build than MathOpt's own."""
+"""Linear expressions over MathOpt variables: a dictionary and a constant, much faster to build than MathOpt's own; and HiGHS."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ortools.math_opt.python.mathopt import Variable
+    from ortools.math_opt.python.mathopt import Model, SolveResult, Variable
 
 Terms = dict["Variable", float]
 
@@ -48,3 +49,15 @@ def mathopt_sum(expression: Expression) -> object:
     from ortools.math_opt.python import mathopt
 
     return mathopt.LinearSum([mathopt.LinearTerm(variable, value) for variable, value in expression.terms.items()])
+
+
+def highs(model: Model, seconds: float, gap: float | None = None) -> SolveResult | None:
+    """What HiGHS says of the model in so many seconds, in whole numbers until solution and bound are within the gap; None where it fails. MathOpt
+    reports some failures of the solver as an AttributeError."""
+    from ortools.math_opt.python import mathopt
+
+    parameters = mathopt.SolveParameters(time_limit=timedelta(seconds=seconds), relative_gap_tolerance=gap)
+    try:
+        return mathopt.solve(model, mathopt.SolverType.HIGHS, params=parameters)
+    except (AttributeError, RuntimeError, ValueError):
+        return None

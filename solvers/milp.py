@@ -22,14 +22,13 @@ import itertools
 import math
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from solvers.blocks import LONG_SHARE, Blocks, Builder, Item
 from solvers.bounds import always_live
 from solvers.closure_cuts import add_closures
 from solvers.decode import Decisions, Tables
-from solvers.linear import Expression, mathopt_sum, total
+from solvers.linear import Expression, highs, mathopt_sum, total
 from solvers.memory_rows import Memory
 
 if TYPE_CHECKING:
@@ -244,17 +243,9 @@ class Residency:
         return result if result is not None and result.termination.reason.name == "OPTIMAL" else None
 
     def run(self, seconds: float) -> SolveResult | None:
-        """What HiGHS finds in time; None where that is nothing. MathOpt reports some failures of the solver as an AttributeError."""
-        from ortools.math_opt.python import mathopt
-
-        if seconds < LEAST_SECONDS:
-            return None
-        parameters = mathopt.SolveParameters(time_limit=timedelta(seconds=seconds), relative_gap_tolerance=RELATIVE_GAP)
-        try:
-            result = mathopt.solve(self.model, mathopt.SolverType.HIGHS, params=parameters)
-        except (AttributeError, RuntimeError, ValueError):
-            return None
-        return result if result.has_primal_feasible_solution() else None
+        """What HiGHS finds in time; None where that is nothing."""
+        result = highs(self.model, seconds, RELATIVE_GAP) if seconds >= LEAST_SECONDS else None
+        return result if result is not None and result.has_primal_feasible_solution() else None
 
     def fix_core(self, relaxed: SolveResult, worth_us: float) -> None:
         """Fix what the relaxation sets to 0 or 1 and would change for more than worth_us each: the rest, the core, is small."""

@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from datetime import timedelta
 
 from solvers.bounds import least_alone_bytes, roofline_us
+from solvers.linear import highs
 from solvers.order_program import Facts, Program
 from solvers.problem import Problem
 
@@ -56,15 +56,15 @@ def base_order_bounds(problem: Problem, moments: Sequence[int], deadline: float)
     ranked = sorted((z for z in alone if alone[z]), key=lambda z: -alone[z])
     if not ranked:
         return
-    together = best
-    several = _chained_us(facts, ranked, best, deadline) if facts.disk else _together_us(facts, ranked[:TRIED], alone[ranked[0]], deadline)
+    together, whole = best, (_bound_us(facts, ranked[:1], deadline, gap) for gap in WHOLE_GAPS)  # each solved when it is asked for
+    several = _chained_us(facts, ranked, best, whole, deadline) if facts.disk else _together_us(facts, ranked[:TRIED], alone[ranked[0]], deadline)
     for bound in several:
         if bound > together:
             together = bound
             yield bound
     if together == best:
-        for gap in WHOLE_GAPS:
-            best = max(best, _bound_us(facts, ranked[:1], deadline, gap))
+        for bound in whole:
+            best = max(best, bound)
             yield best
 
 
@@ -74,15 +74,15 @@ def needy(facts: Facts) -> list[int]:
     return sorted(least, key=lambda o: (-least[o], o))[:NEEDY]
 
 
-def _chained_us(facts: Facts, ranked: Sequence[int], best: int, deadline: float) -> Iterator[int]:
-    """Bounds of the best moments together with some over the whole step, first loosely; where that falls far short of `best` the best moment is
-    solved in whole numbers before they are asked closely."""
+def _chained_us(facts: Facts, ranked: Sequence[int], best: int, whole: Iterator[int], deadline: float) -> Iterator[int]:
+    """Bounds of the best moments together with some over the whole step, first loosely; where that falls far short of `best`, the first of `whole`,
+    the best moment's own in whole numbers, comes before they are asked closely."""
     moments = chain(facts, ranked[:BEST_MOMENTS])
     loose, close = (Facts(facts.problem, int(share * facts.problem.budget_bytes)) for share in TINY_SHARES)
     bound = _bound_us(loose, moments, deadline)
     yield bound
     if bound < FAR_SHORT * best:
-        yield _bound_us(facts, ranked[:1], deadline, WHOLE_GAPS[0])
+        yield next(whole)
         yield _bound_us(close, moments, deadline)
     else:
         yield _bound_us(close, moments, deadline)
@@ -118,7 +118,7 @@ def _bound_us(facts: Facts, moments: Sequence[int], deadline: float, gap: float 
     """The bound for these moments; 0 where it is not solved before the deadline. With a `gap` in whole numbers, which a schedule gives, until the
     bound is as near to their optimum; with `large` only what is kept of storages above that share of the budget is whole."""
     try:
-        from ortools.math_opt.python import mathopt
+        from ortools.math_opt.python import mathopt  # noqa: F401
     except ImportError:
         return 0
     if time.monotonic() > deadline:
@@ -128,10 +128,8 @@ def _bound_us(facts: Facts, moments: Sequence[int], deadline: float, gap: float 
     program.build()
     if large:
         program.keep_whole(large * facts.problem.budget_bytes)
-    left = timedelta(seconds=max(deadline - time.monotonic(), LEAST_SECONDS))
-    try:
-        result = mathopt.solve(program.model, mathopt.SolverType.HIGHS, params=mathopt.SolveParameters(time_limit=left, relative_gap_tolerance=gap))
-    except (AttributeError, RuntimeError, ValueError):  # as in milp.py: so some failures of the solver arrive here
+    result = highs(program.model, max(deadline - time.monotonic(), LEAST_SECONDS), gap)
+    if result is None:
         return 0
     optimal = result.termination.reason.name == "OPTIMAL"
     if not optimal and not whole:

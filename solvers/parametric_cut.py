@@ -107,7 +107,7 @@ class _Table:
         return Way(compute, delay, disk, int(kept), int(home))
 
 
-class _Network:
+class Network:
     """The needs, laid out once for all prices."""
 
     def __init__(self, needs: Needs) -> None:
@@ -167,10 +167,10 @@ def _next_prices(limits: Limits, planes: list[Way], most: float) -> tuple[Prices
     return Prices(max(0.0, x[kept]) / unit, max(0.0, x[home]) / unit, min(1.0, max(0.0, x[disk]))), float(x[top])
 
 
-def least_us(needs: Needs, limits: Limits, most: float, planes: list[Way]) -> float:
-    """The best bound of the step's time. most: microseconds a byte, far above any price that pays. planes: what calls with the same needs and
+def least_us(network: Network, limits: Limits, most: float, planes: list[Way]) -> float:
+    """The best bound of the step's time. most: microseconds a byte, far above any price that pays. planes: what calls with the same network and
     other limits have found; this one adds to them."""
-    best, network = float(limits.time_us), _Network(needs)
+    best = float(limits.time_us)
     for _ in range(ROUNDS):
         prices, top = _next_prices(limits, planes, most) if planes else (Prices(), math.inf)
         if top <= best * (1 + CLOSE):

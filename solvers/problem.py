@@ -123,8 +123,8 @@ class Problem:
 
     def moving_only(self, kept: Collection[int]) -> Problem:
         """The same problem in which only these of its movable storages move."""
-        fixed = ((s not in kept, info) for s, info in enumerate(self.storages))
-        return replace(self, storages=tuple(replace(info, movable=False, stored=False) if stays else info for stays, info in fixed))
+        moving = (info if s in kept else replace(info, movable=False, stored=False) for s, info in enumerate(self.storages))
+        return replace(self, storages=tuple(moving))
 
     def to_json(self) -> str:
         """The problem as JSON text; `from_json` gives an equal problem back."""

@@ -108,7 +108,7 @@ def test_fresh_pages_take_time(monkeypatch: pytest.MonkeyPatch) -> None:
     graph, plan = item.graph, item.plan
     parts = graph, plan.problem, plan.schedule, plan.placement
     assert plan.faults_us == faults_us(*parts) == 0  # tiny storages
-    monkeypatch.setattr(overhead, "FRESH_BYTES", 1)
+    monkeypatch.setattr("mebp_compile.planning.mapped_bytes", lambda budget_bytes: 1)
     every = lives(graph, plan.problem, plan.schedule)
     outside = [life for life in every if life.start >= 0 and (life.start, life.storage) not in plan.placement.offsets]
     assert faults_us(*parts) == int(sum(overhead.FAULT_US_PER_BYTE * life.size_bytes for life in outside)) > 0

@@ -67,7 +67,7 @@ def _weights(
     """The stream of every packed weight of the program, and of tables that are only looked up."""
     weights = {name: (names[source], getattr(torch, dtype)) for name, (source, dtype) in binding.weights.items()}
     kept, fetched = frozenset(binding.kept_records), frozenset(binding.fetched_records)
-    return WeightStream(store, weights, binding.records, kept, thread, accelerator, fetched)
+    return WeightStream(store, weights, binding.records, kept, fetched, thread, accelerator)
 
 
 def _slots(binding: Binding, place: Path | Accelerator | None, thread: DiskThread) -> SlotStore | None:

@@ -31,9 +31,9 @@ class WeightStream:
         weights: Mapping[str, tuple[str, torch.dtype]],
         records: Mapping[str, str],
         resident: frozenset[str],
+        fetched: frozenset[str],
         thread: DiskThread,
         accelerator: Accelerator | None = None,
-        fetched: frozenset[str] = frozenset(),
     ) -> None:
         self.device = torch.device("cpu") if accelerator is None else accelerator.device
         self.store, self.weights, self.records, self.thread = store, dict(weights), dict(records), thread
