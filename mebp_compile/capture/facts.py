@@ -41,7 +41,16 @@ class Place:
 
 def read_facts(state: State) -> tuple[tuple[str, str], ...]:
     """(name, text of the value now) of every place. Equal texts mean that the step's Python would do the same; good across processes."""
-    return tuple((place.name, fact(place.read())) for place in places(state))
+    result: dict[str, str] = {}
+    for place in _reached(state):
+        if place.name not in result:
+            result[place.name] = fact(place.read())
+    for label, item in _trees(state):  # thousands of attributes, at every call
+        for name, value in _kept(item):
+            key = f"{label}.{name}"
+            if key not in result:
+                result[key] = fact(value)
+    return tuple(result.items())
 
 
 def fact(value: Any, depth: int = 3) -> str:
@@ -51,8 +60,11 @@ def fact(value: Any, depth: int = 3) -> str:
     if isinstance(value, CONTAINERS):
         if len(value) > LARGEST_CONTAINER or depth == 0:
             return f"{type(value).__name__} of {len(value)}"
-        parts = value.items() if isinstance(value, dict) else (sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value)
-        return f"{type(value).__name__}({', '.join(fact(part, depth - 1) for part in parts)})"
+        if isinstance(value, dict):
+            parts = [f"{fact(key, depth - 1)}: {fact(item, depth - 1)}" for key, item in value.items()]
+        else:
+            parts = [fact(part, depth - 1) for part in (sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value)]
+        return f"{type(value).__name__}({', '.join(parts)})"
     if isinstance(value, torch.Tensor):
         return f"tensor {value.dtype} {list(value.shape)} {value.stride()} {value.requires_grad}"
     if isinstance(value, types.FunctionType):
@@ -75,15 +87,26 @@ def tensor_places(state: State) -> dict[str, Callable[[], Any]]:
 
 
 def _all_places(state: State) -> Iterator[Place]:
+    yield from _reached(state)
+    for label, item in _trees(state):
+        yield from _attributes(label, item, None)
+
+
+def _reached(state: State) -> Iterator[Place]:
+    """What the step's own code reads: cells, globals, and attributes of objects that are no modules."""
     for function in state.reach.functions:
         yield from _with_entries(_cells(function))
         yield from _with_entries(_globals(function))
     for name, item in state.reach.objects:
         yield from _with_entries(_attributes(name, item, state.reach.names))
+
+
+def _trees(state: State) -> Iterator[tuple[str, Any]]:
+    """All modules and their configuration, by name."""
     for root, top in state.modules.items():
         for path, module in top.named_modules():
-            yield from _attributes(".".join(filter(None, (root, path))), module, None)
-        yield from _attributes(f"{root}.config", getattr(top, "config", None), None)
+            yield f"{root}.{path}" if path else root, module
+        yield f"{root}.config", getattr(top, "config", None)
 
 
 def _with_entries(some: Iterator[Place]) -> Iterator[Place]:
@@ -122,11 +145,16 @@ def _globals(function: Any) -> Iterator[Place]:
             yield Place(label, lambda name=name: scope.get(name), lambda value, name=name: scope.__setitem__(name, value))
 
 
+def _kept(item: Any) -> list[tuple[str, Any]]:
+    """Attributes of an object, without what torch keeps for itself."""
+    if not hasattr(item, "__dict__"):
+        return []
+    return [(n, v) for n, v in vars(item).items() if n not in OWN_ATTRIBUTES and not isinstance(v, (nn.Module, torch.optim.Optimizer))]
+
+
 def _attributes(label: str, item: Any, names: set[str] | None) -> Iterator[Place]:
     """Attributes of an object: those that the step's code names, or all (`names` None), without what torch keeps for itself."""
-    for name, value in list(vars(item).items()) if hasattr(item, "__dict__") else ():
-        if name in OWN_ATTRIBUTES or isinstance(value, (nn.Module, torch.optim.Optimizer)):
-            continue
+    for name, _ in _kept(item):
         if names is None or name in names:
             yield Place(
                 f"{label}.{name}",

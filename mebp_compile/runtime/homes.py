@@ -245,8 +245,9 @@ class ProgramHomes:
 
 def _tensors(state: State) -> dict[str, torch.Tensor]:
     """Every parameter and entry of optimizer state by its source, as the user's objects hold them now."""
-    found: dict[str, torch.Tensor] = {f"parameter:{root}:{path}": parameter for root, path, parameter in state.parameters()}
-    names = {id(parameter): f"{root}:{path}" for root, path, parameter in state.parameters()}
+    named = {f"{root}:{path}": parameter for root, path, parameter in state.parameters()}
+    found: dict[str, torch.Tensor] = {f"parameter:{name}": parameter for name, parameter in named.items()}
+    names = {id(parameter): name for name, parameter in named.items()}
     for root, optimizer in state.optimizers.items():
         found.update(_entries(root, optimizer, names))
     return found
