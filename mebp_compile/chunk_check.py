@@ -7,10 +7,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mebp_compile.chunk_cost import at_blocks, tile_columns
+from mebp_compile import openmp
+from mebp_compile.chunk_cost import at_blocks
 from mebp_compile.graph import Graph, LoopChoice, Op, Ref, block_ops
 from mebp_compile.lower.chunk_body import overwritten
-from mebp_compile.lower.cuts import block_rows
+from mebp_compile.lower.cuts import block_rows, thread_tiles
 
 Json = dict[str, Any]
 COMPUTED = ("tile", "dense", "packed")  # phases of a body's ops that compute; the others only show or make what is there
@@ -71,12 +72,14 @@ def _rows_dimension(body: Graph, name: str) -> int | None:
 def _product_check(body: Graph, op: Op, tokens: int, lengths: list[int]) -> Json:
     """A matmul with a whole weight, and the same by tiles of columns and so many rows at a time."""
     weight = body.value[op.args[1]]
+    shares = thread_tiles(weight.shape[0 if op.args[3] else 1], op.args[4], openmp.threads())
     x = {"shape": [tokens, body.value[op.args[0].name].shape[1]], "dtype": weight.dtype}
     return {
         "kind": "equal_product",
         "x": {"tensor": x},
         "w": {"tensor": {"shape": list(weight.shape), "dtype": weight.dtype}},
         "transposed": op.args[3],
-        "columns": tile_columns(body, op),
+        "tiles": [[tile.start, tile.stop] for tiles in shares for tile in tiles],
+        "alone": len(shares) > 1,
         "lengths": lengths,
     }

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 import solvers
 from mebp_compile.calls import argument, call
 from mebp_compile.config import format_bytes
-from mebp_compile.graph import CHUNKS, PERSISTENT, Graph, LoopChoice, Op, Value, block_ops, describe, inputs_of
+from mebp_compile.graph import CHUNKS, PERSISTENT, Arg, Graph, LoopChoice, Op, Value, block_ops, describe, inputs_of
 from mebp_compile.planning import Plan
 
 COMMENT_COLUMN = 100
+PRODUCTS: dict[str, tuple[tuple[str, Arg], ...]] = {"aten.mm.default": (), "mebp.mm.default": (("widened", True),)}  # and what `run.product` is told
 DTYPES = (
     "bfloat16", "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool", "complex64",
 )  # fmt: skip
@@ -148,6 +149,12 @@ class _Writer:
         in_memory = {name for name in op.body.inputs if self.graph.storage_of(name) in loop.reads}
         inner = {name: self._use(name) if name in in_memory else "None" for name in op.body.inputs}
         note = self._note(op, number, again)
+        product = _product(op, loop.trips, inner)
+        if product:
+            made = op.outputs[0] or ""
+            self._line(f"{made} = {product[:-1]}, out={self._buffer(number, made)})", note)
+            self.bound.setdefault(self.graph.storage_of(made), []).append(made)
+            return
         steps = {phase: [body for body in op.body.ops if body.phase == phase] for phase in ("before", "tile", "after")}
         if not steps["after"]:
             result = self.graph.value[op.outputs[0] or ""]
@@ -279,6 +286,16 @@ class _Writer:
     def _line(self, code: str, comment: str = "") -> None:
         text = f"    {code}"
         self.lines.append(f"{text:<{COMMENT_COLUMN}}  # {comment}" if comment else text)
+
+
+def _product(op: Op, trips: int, names: dict[str, str]) -> str:
+    """The verb that does a whole Loop, if that is no more than a product with a weight whose record is in memory; else nothing."""
+    assert op.body is not None
+    make = op.body.ops[0]
+    if op.target not in PRODUCTS or names[make.args[1].name] == "None":
+        return ""
+    args = (op.args[0], make.args[0], make.args[1], make.target == "run.rows", trips)
+    return call(Op("", "run.product", args, PRODUCTS[op.target]), names)
 
 
 def _assigned(op: Op, names: dict[str, str]) -> str:

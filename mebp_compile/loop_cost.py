@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mebp_compile import openmp
 from mebp_compile.graph import Graph, LoopChoice, Op, Ref, Value
-from mebp_compile.lower.cuts import tile_size
+from mebp_compile.lower.cuts import thread_tiles, tile_size
 from mebp_compile.lower.loss_loop import TILED_LOSS
 from mebp_compile.lower.products import ADD_MULTIPLY, MATMULS, MULTIPLY, WIDENED, in_blocks
 from mebp_compile.lower.stream import Record
@@ -127,7 +128,6 @@ def _matmul_tile(graph: Graph, op: Op, trips: int) -> Json:
 def _check(graph: Graph, op: Op, trips: int) -> Json:
     """Whole matmul against the same matmul in tiles of output columns, compared in raw bytes by the child."""
     rows, inner, width = _matmul_shape(graph, op)
-    size = tile_size(width, trips)
     transposed = op.body is not None and op.body.ops[0].target == "run.rows"
     dtype = graph.value[op.outputs[0] or ""].dtype
     inputs = {
@@ -137,13 +137,16 @@ def _check(graph: Graph, op: Op, trips: int) -> Json:
     bias = op.target == ADD_MULTIPLY
     if bias:
         inputs["b"] = {"tensor": {"shape": [width], "dtype": dtype}}
-    tile = "w[i : i + {0}].contiguous().t()" if transposed else "w[:, i : i + {0}].contiguous()"
+    tile = "w[i:j].contiguous().t()" if transposed else "w[:, i:j].contiguous()"
     call = "torch.addmm(b[{1}], x, {0})" if bias else "torch.mm(x, {0})"
     whole = call.format("w.t()" if transposed else "w", ":")
-    part = call.format(tile.format(size), f"i : i + {size}")
+    part = call.format(tile, "i:j")
     unpack = "x, w" + (", b" if bias else "") + " = " + ", ".join(f"inputs[{name!r}]" for name in inputs)
-    tiled = f"y = x.new_empty({rows}, {width})\nfor i in range(0, {width}, {size}):\n    y[:, i : i + {size}] = {part}\nreturn y"
-    return {"kind": "equal", "inputs": inputs, "first": f"{unpack}\nreturn {whole}", "second": f"{unpack}\n{tiled}"}
+    shares = thread_tiles(width, trips, 1 if bias else openmp.threads())
+    places = [(each.start, each.stop) for tiles in shares for each in tiles]
+    tiled = f"y = x.new_empty({rows}, {width})\nfor i, j in {places}:\n    y[:, i:j] = {part}\nreturn y"
+    programs = {"first": f"{unpack}\nreturn {whole}", "second": f"{unpack}\n{tiled}"}
+    return {"kind": "equal", "inputs": inputs, **programs, "alone": len(shares) > 1}
 
 
 def _matmul_shape(graph: Graph, op: Op) -> tuple[int, int, int]:

@@ -11,6 +11,21 @@ def tile_size(width: int, trips: int) -> int:
     return _length(width, trips, COLUMNS_MULTIPLE)
 
 
+def tiles_of(width: int, size: int, start: int = 0) -> list[slice]:
+    """Tiles of `size` columns from `start` to `width`; the last one may be narrower."""
+    return [slice(first, min(first + size, width)) for first in range(start, width, size)]
+
+
+def thread_tiles(width: int, trips: int, threads: int) -> list[list[slice]]:
+    """The tiles of a product, by the threads that make and multiply them: two threads have half of the columns each and tiles half as wide, which
+    together are no wider; any other number of threads works on one tile after the other."""
+    size = tile_size(width, trips)
+    half, middle = size // (2 * COLUMNS_MULTIPLE) * COLUMNS_MULTIPLE, _length(width, 2, COLUMNS_MULTIPLE)
+    if threads != 2 or not half or middle >= width:
+        return [tiles_of(width, size)]
+    return [tiles_of(middle, half), tiles_of(width, half, middle)]
+
+
 def block_rows(tokens: int, trips: int) -> int:
     """Rows of each of `trips` blocks."""
     return min(tokens, _length(tokens, trips, ROWS_MULTIPLE))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import textwrap
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from mebp_compile.errors import MeasureError
 from mebp_compile.measure.memory import memory_of
 from mebp_compile.measure.requests import decode, find_op
+from mebp_compile.openmp import one_thread
 
 PART_BYTES = 16 << 20  # compared at a time
 
@@ -20,12 +22,14 @@ Json = dict[str, Any]
 
 
 def _compare_programs(request: Json) -> Json:
-    """Run both on the same inputs; outputs, and inputs they changed, must agree in every byte, shape and dtype.
+    """Run both on the same inputs; outputs, and inputs they changed, must agree in every byte, shape and dtype. "alone": the second by one thread.
 
     At the shapes of a real vocabulary the inputs are what takes memory, so only one set of them exists at a time: the second program
     gets new ones, drawn from the same seed, and of what the programs left of them only digests are compared.
     """
-    (left, left_inputs), (right, right_inputs) = (_run_program(request[which], request["inputs"]) for which in ("first", "second"))
+    left, left_inputs = _run_program(request["first"], request["inputs"])
+    with one_thread() if request.get("alone") else nullcontext():
+        right, right_inputs = _run_program(request["second"], request["inputs"])
     if len(left) != len(right):
         return {"equal": False, "difference": f"{len(left)} against {len(right)} tensors"}
     for index, (a, b) in enumerate(zip(left, right, strict=True)):
@@ -58,20 +62,22 @@ def _compare_blocks(request: Json) -> Json:
 
 
 def _compare_product(request: Json) -> Json:
-    """x @ w, or x @ w.t() where "transposed", against the same by tiles of "columns" and so many rows at a time, for each of "lengths"."""
+    """x @ w, or x @ w.t() where "transposed", against the same by "tiles" of columns and so many rows at a time, for each of "lengths"; "alone": by
+    one thread."""
     x, w, transposed = decode(request["x"]), decode(request["w"]), request["transposed"]
     whole = torch.mm(x, w.t() if transposed else w)
 
     def same(rows: int) -> bool:
-        for column, columns in _blocks(whole.shape[1], request["columns"]):
-            tile = w[column : column + columns].t() if transposed else w[:, column : column + columns].contiguous()
+        for first, last in request["tiles"]:
+            tile = w[first:last].t() if transposed else w[:, first:last].contiguous()
             for start, count in _blocks(x.shape[0], rows):
-                part = whole[start : start + count, column : column + columns]
+                part = whole[start : start + count, first:last]
                 if _difference(part, torch.mm(x[start : start + count], tile)):
                     return False
         return True
 
-    return {"equal": [same(rows) for rows in request["lengths"]]}
+    with one_thread() if request["alone"] else nullcontext():
+        return {"equal": [same(rows) for rows in request["lengths"]]}
 
 
 def _blocks(whole: int, length: int) -> list[tuple[int, int]]:

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from mebp_compile import openmp
 from mebp_compile.errors import MebpError
 from mebp_compile.kernels import cross_entropy, product
-from mebp_compile.lower.cuts import block_rows, tile_size
+from mebp_compile.lower.cuts import block_rows, thread_tiles, tile_size, tiles_of
 from mebp_compile.measure.accelerator import Accelerator
 from mebp_compile.quant import dequantise_columns, dequantise_into, dequantise_rows
 from mebp_compile.runtime.homes import ProgramHomes
@@ -286,17 +287,40 @@ class Engine:
         return self.homes.homes.look_up(self.tables[name], ids, out)
 
     def product(
-        self, x: torch.Tensor, name: str, packed: torch.Tensor, transposed: bool, trips: int, widened: bool = False
+        self,
+        x: torch.Tensor,
+        name: str,
+        packed: torch.Tensor,
+        transposed: bool,
+        trips: int,
+        widened: bool = False,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x times a weight whose record is in memory, or times its transpose: the weight is made in `trips` tiles, one at a time. widened: by
-        kernels/product.py."""
+        """x times a weight whose record is in memory, or times its transpose: the weight is made in tiles, as wide as a `trips`-th of it, one at a
+        time, or on two threads one of half that width on each (openmp.py). widened: by kernels/product.py."""
         assert self.weights is not None
-        rows, columns = self.weights.packed(name, packed).shape
-        width = rows if transposed else columns
-        result = x.new_empty(x.shape[0], width)
-        for tile in self.tiles(width, trips):
-            matrix = self.rows(name, packed, tile).t() if transposed else self.columns(name, packed, tile)
-            result[:, tile] = (product.mm if widened else torch.mm)(x, matrix)
+        record, multiply = self.weights.packed(name, packed), product.mm_out if widened else torch.mm
+        inner, width = (record.shape[1], record.shape[0]) if transposed else record.shape
+        result = x.new_empty(x.shape[0], width) if out is None else out
+
+        def share(tiles: list[slice]) -> Callable[[], None]:
+            widest = tiles[0].stop - tiles[0].start
+            memory, parts = x.new_empty(widest * inner), x.new_empty(widest * x.shape[0])
+
+            def work() -> None:
+                for tile in tiles:
+                    columns = tile.stop - tile.start
+                    dense, part = memory[: columns * inner], parts[: columns * x.shape[0]].view(-1, columns)
+                    if transposed:
+                        matrix = dequantise_rows(record, tile.start, tile.stop, dense.view(columns, inner)).t()
+                    else:
+                        matrix = dequantise_columns(record, tile.start, tile.stop, dense.view(inner, columns))
+                    multiply(x, matrix, out=part)
+                    result[:, tile] = part
+
+            return work
+
+        openmp.together([share(tiles) for tiles in thread_tiles(width, trips, openmp.threads() if self.accelerator is None else 1)])
         return result
 
     # --- the tiled loss ---
@@ -307,10 +331,8 @@ class Engine:
 
     def tiles(self, width: int, trips: int) -> Iterator[slice]:
         """The tiles of `width` columns in `trips` parts; the last one may be narrower."""
-        size = tile_size(width, trips)
         try:
-            for start in range(0, width, size):
-                yield slice(start, min(start + size, width))
+            yield from tiles_of(width, tile_size(width, trips))
         finally:
             if self.weights is not None:
                 self.weights.end_tiles()

@@ -201,7 +201,9 @@ def test_blocks_of_rows_are_compared_with_the_whole() -> None:
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_product_by_rows_and_columns_is_compared_with_the_whole(transposed: bool) -> None:
-    """In float64 on one thread sums of a few exact products are the same however they are cut."""
+    """Sums of a few exact products are the same however they are cut."""
     w = spec(96, 4, fill="ones") if transposed else spec(4, 96, fill="ones")
-    request = {"key": "mm", "kind": "equal_product", "x": spec(20, 4, fill="ones"), "w": w, "transposed": transposed, "columns": 64, "lengths": [8]}
-    assert measure_ops([request], threads=1)["mm"] == {"equal": [True]}
+    request = {"kind": "equal_product", "x": spec(20, 4, fill="ones"), "w": w, "transposed": transposed, "lengths": [8]}
+    tiles = {"tiles": [[0, 64], [64, 96]], "alone": False}, {"tiles": [[0, 32], [32, 48], [48, 96]], "alone": True}
+    found = measure_ops([{"key": str(number), **request, **cut} for number, cut in enumerate(tiles)], threads=2)
+    assert found == {"0": {"equal": [True]}, "1": {"equal": [True]}}

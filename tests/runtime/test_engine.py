@@ -19,7 +19,7 @@ from models import Training
 from torch import nn
 
 import solvers
-from mebp_compile import codegen, compiler
+from mebp_compile import codegen, compiler, openmp
 from mebp_compile.capture import State, capture, find_state
 from mebp_compile.capture.contract import Contract, contract_of
 from mebp_compile.config import Options
@@ -28,6 +28,8 @@ from mebp_compile.graph import Graph
 from mebp_compile.lower import lower
 from mebp_compile.place import place_under
 from mebp_compile.planning import Plan, build_problem, make_plan, tensor_peak
+from mebp_compile.quant import Packed, dequantise
+from mebp_compile.quant.schemes import scheme_named
 from mebp_compile.runtime.engine import Engine
 from mebp_compile.runtime.homes import Homes
 from mebp_compile.runtime.metering import meter_storages
@@ -293,6 +295,25 @@ def test_a_repeated_draw_gives_the_same_numbers_and_leaves_the_generator() -> No
     assert torch.equal(torch.get_rng_state(), state)
     engine.rng_return()
     assert torch.equal(torch.get_rng_state(), later)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("trips", [1, 2, 3, 8])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_product_in_tiles_is_the_product(transposed: bool, trips: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows with a single one in them pick rows of the weight, whatever the order of the sum."""
+    monkeypatch.setattr(openmp, "threads", lambda: threads)
+    codes, scales = scheme_named("int4").quantise(torch.randn(320, 448))
+    packed = Packed("int4", (320, 448), codes, scales)
+    weight = dequantise(packed).t() if transposed else dequantise(packed)
+    engine = bare_engine()
+    engine.weights = mock.Mock(packed=lambda name, buffer: packed)
+    picked = torch.randperm(len(weight))[:50]
+    x = torch.eye(len(weight), dtype=torch.bfloat16)[picked]
+    out = torch.empty(50, weight.shape[1], dtype=torch.bfloat16)
+    result = engine.product(x, "weight", codes, transposed, trips, out=out)
+    assert result is out
+    assert torch.equal(result, weight[picked])
 
 
 def test_transfers_of_unknown_storages_are_refused(disk_folder: Path) -> None:
