@@ -7,9 +7,9 @@ Errors are kept on the ticket and raised by whoever waits for it; one that nobod
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import os
+import queue
 import threading
 import time
 import traceback
@@ -47,37 +47,41 @@ class Ticket:
         self.size_bytes = size_bytes
         self._work: Callable[[Callable[[], bool]], None] | None = work
         self._state = state
-        self._finished = threading.Event()
+        self._finished = False
+        self._under_way = threading.Lock()
+        self._under_way.acquire()
         self._error: MebpError | None = None
 
     @property
     def done(self) -> bool:
         """True once served, failed or given up; `wait` then returns at once."""
-        return self._finished.is_set()
+        return self._finished
 
     def wait(self) -> None:
         """Block until the transfer is over; raises the error it met, again on every call. The time blocked is the
         thread's `stall_us`.
         """
-        if not self._finished.is_set():
+        if not self._finished:
             self._state.check_caller()
             start_ns = time.perf_counter_ns()
-            self._finished.wait()
+            with self._under_way:
+                pass
             self._state.add_stall(start_ns)
-        error = self._state.collect(self)
-        if error is not None:
-            raise _fresh(error) from error
+        if self._error is not None:
+            self._state.collect(self)
+            raise _fresh(self._error) from self._error
 
     def _finish(self, error: MebpError | None) -> None:
         """Set the outcome once; a later one is dropped (a transfer that ends after `close` gave it up)."""
         with self._state.changed:
-            if self._finished.is_set():
+            if self._finished:
                 return
             self._error = error
             self._work = None  # lets go of the buffer
             if error is not None:
                 self._state.uncollected.append(self)
-            self._finished.set()
+            self._finished = True
+            self._under_way.release()
 
 
 def _fresh(error: MebpError) -> MebpError:
@@ -90,13 +94,16 @@ def _fresh(error: MebpError) -> MebpError:
 
 class _State:
     """What the thread and its owner share. It does not refer to the owner, so a forgotten DiskThread is closed by its
-    finaliser.
+    finaliser. All but the queue is behind the lock of `changed`, which is told of changes only while somebody waits
+    for one: a transfer of a few kilobytes takes no longer than what Python does about it.
     """
 
     def __init__(self, queue_length: int, record: bool) -> None:
-        self.changed = threading.Condition(threading.RLock())
-        self.queue: collections.deque[Ticket] = collections.deque()
+        self.changed = threading.Condition(threading.RLock())  # a finaliser may come in its midst
+        self.waiting = 0
+        self.queue: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
         self.queue_length = queue_length
+        self.submitted = self.served = 0
         self.running: Ticket | None = None
         self.closing = False
         self.uncollected: list[Ticket] = []
@@ -122,39 +129,56 @@ class _State:
         with self.changed:
             self.stall_us += (time.perf_counter_ns() - start_ns) / 1000
 
-    def collect(self, ticket: Ticket) -> MebpError | None:
-        """The ticket's error, marked as told to somebody."""
+    def collect(self, ticket: Ticket) -> None:
+        """Its error has been told to somebody."""
         with self.changed:
             if ticket in self.uncollected:
                 self.uncollected.remove(ticket)
-            return ticket._error
+
+    def wait_until(self, true: Callable[[], bool]) -> None:
+        """With the lock held."""
+        self.waiting += 1
+        try:
+            self.changed.wait_for(true)
+        finally:
+            self.waiting -= 1
 
     def put(self, ticket: Ticket) -> None:
         self.check_caller()
         with self.changed:
-            start_ns = time.perf_counter_ns()
-            self.changed.wait_for(lambda: self.closing or len(self.queue) < self.queue_length)
-            self.add_stall(start_ns)
+            if self.queue.qsize() >= self.queue_length:
+                start_ns = time.perf_counter_ns()
+                self.wait_until(lambda: self.closing or self.queue.qsize() < self.queue_length)
+                self.stall_us += (time.perf_counter_ns() - start_ns) / 1000
             if self.closing:
                 raise TransferClosed("the transfer thread is closed", CLOSED_FIX)
-            self.queue.append(ticket)
-            self.changed.notify_all()
+            self.submitted += 1
+            self.queue.put(ticket)
 
     def take(self) -> Ticket | None:
         """The next ticket, or None when closing."""
+        ticket = self.queue.get()
+        self.running = ticket
+        if self.waiting:
+            self.tell()
+        return ticket
+
+    def tell(self) -> None:
         with self.changed:
-            self.changed.wait_for(lambda: self.closing or bool(self.queue))
-            if self.closing or not self.queue:
-                return None
-            self.running = self.queue.popleft()
             self.changed.notify_all()
-            return self.running
+
+    def end(self) -> None:
+        """The running ticket is over."""
+        self.running = None
+        self.served += 1
+        if self.waiting:
+            self.tell()
 
     def rest(self) -> None:
         """Block until nothing is queued or running, or until closed."""
         self.check_caller()
         with self.changed:
-            self.changed.wait_for(lambda: self.closing or not (self.queue or self.running))
+            self.wait_until(lambda: self.closing or self.served == self.submitted)
 
     def unheard(self) -> Ticket | None:
         """The first ticket that failed on its own account and whose error nobody has seen."""
@@ -165,10 +189,13 @@ class _State:
         """Serve no more; returns what was waiting."""
         with self.changed:
             self.closing = True
-            pending = list(self.queue)
-            self.queue.clear()
+            pending = []
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    pending.append(self.queue.get_nowait())
+            self.queue.put(None)
             self.changed.notify_all()
-            return pending
+        return [ticket for ticket in pending if ticket is not None]
 
 
 class DiskThread:
@@ -301,9 +328,7 @@ def _serve(state: _State) -> None:
         if state.transfers is not None:
             state.transfers.append(Transfer(start_us, time.perf_counter_ns() / 1000, ticket.kind, ticket.size_bytes))
         ticket._finish(error)
-        with state.changed:
-            state.running = None
-            state.changed.notify_all()
+        state.end()
         del ticket, error
 
 

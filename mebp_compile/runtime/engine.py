@@ -303,24 +303,22 @@ class Engine:
         inner, width = (record.shape[1], record.shape[0]) if transposed else record.shape
         result = x.new_empty(x.shape[0], width) if out is None else out
 
-        def share(tiles: list[slice]) -> Callable[[], None]:
-            widest = tiles[0].stop - tiles[0].start
-            memory, parts = x.new_empty(widest * inner), x.new_empty(widest * x.shape[0])
+        shares = thread_tiles(width, trips, openmp.threads() if self.accelerator is None else 1)
+        size = max(tiles[0].stop - tiles[0].start for tiles in shares) * (inner + x.shape[0])
+        scratch = x.new_empty(len(shares), size)  # in one block: malloc's holes are fewer
 
-            def work() -> None:
-                for tile in tiles:
-                    columns = tile.stop - tile.start
-                    dense, part = memory[: columns * inner], parts[: columns * x.shape[0]].view(-1, columns)
-                    if transposed:
-                        matrix = dequantise_rows(record, tile.start, tile.stop, dense.view(columns, inner)).t()
-                    else:
-                        matrix = dequantise_columns(record, tile.start, tile.stop, dense.view(inner, columns))
-                    multiply(x, matrix, out=part)
-                    result[:, tile] = part
+        def work(tiles: list[slice], memory: torch.Tensor) -> None:
+            for tile in tiles:
+                columns = tile.stop - tile.start
+                dense, part = memory[: columns * inner], memory[memory.numel() - columns * x.shape[0] :].view(-1, columns)
+                if transposed:
+                    matrix = dequantise_rows(record, tile.start, tile.stop, dense.view(columns, inner)).t()
+                else:
+                    matrix = dequantise_columns(record, tile.start, tile.stop, dense.view(inner, columns))
+                multiply(x, matrix, out=part)
+                result[:, tile] = part
 
-            return work
-
-        openmp.together([share(tiles) for tiles in thread_tiles(width, trips, openmp.threads() if self.accelerator is None else 1)])
+        openmp.together([functools.partial(work, *each) for each in zip(shares, scratch, strict=True)])
         return result
 
     # --- the tiled loss ---
