@@ -75,18 +75,20 @@ def needy(facts: Facts) -> list[int]:
 
 
 def _chained_us(facts: Facts, ranked: Sequence[int], best: int, whole: Iterator[int], deadline: float) -> Iterator[int]:
-    """Bounds of the best moments together with some over the whole step, first loosely; where that falls far short of `best`, the first of `whole`,
-    the best moment's own in whole numbers, comes before they are asked closely."""
+    """Bounds of the best moments together with some over the whole step, first loosely. Where that falls far short of `best`, what is small matters:
+    then the first of `whole`, the best moment's own in whole numbers, and all together with everything that there is, last in whole numbers."""
     moments = chain(facts, ranked[:BEST_MOMENTS])
-    loose, close = (Facts(facts.problem, int(share * facts.problem.budget_bytes)) for share in TINY_SHARES)
-    bound = _bound_us(loose, moments, deadline)
+    loose, close = (int(share * facts.problem.budget_bytes) for share in TINY_SHARES)
+    fast = Facts(facts.problem, loose)
+    bound = _bound_us(fast, moments, deadline)
     yield bound
     if bound < FAR_SHORT * best:
         yield next(whole)
-        yield _bound_us(close, moments, deadline)
+        yield _bound_us(facts, moments, deadline)
+        yield _bound_us(facts, moments, deadline, WHOLE_GAPS[0])
     else:
-        yield _bound_us(close, moments, deadline)
-        yield _bound_us(loose, moments, deadline, CHAIN_GAP, LARGE)
+        yield _bound_us(Facts(facts.problem, close), moments, deadline)
+        yield _bound_us(fast, moments, deadline, CHAIN_GAP, LARGE)
 
 
 def _together_us(facts: Facts, ranked: Sequence[int], best: int, deadline: float) -> Iterator[int]:
