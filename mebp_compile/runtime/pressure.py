@@ -85,6 +85,11 @@ class PressedEngine(Engine):
             self.pressure.before_tile()
         return super().columns(*args, **kwargs)
 
+    def product(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.pressure is not None:
+            self.pressure.before_tile()
+        return super().product(*args, **kwargs)
+
     def _look(self) -> None:
         if self.pressure is not None:
             self.pressure.look()
