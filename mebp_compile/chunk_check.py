@@ -11,7 +11,7 @@ from mebp_compile import openmp
 from mebp_compile.chunk_cost import at_blocks
 from mebp_compile.graph import Graph, LoopChoice, Op, Ref, block_ops
 from mebp_compile.lower.chunk_body import overwritten
-from mebp_compile.lower.cuts import block_rows, thread_tiles
+from mebp_compile.lower.cuts import block_rows, thread_tiles, tile_places
 
 Json = dict[str, Any]
 COMPUTED = ("tile", "dense", "packed")  # phases of a body's ops that compute; the others only show or make what is there
@@ -79,7 +79,6 @@ def _product_check(body: Graph, op: Op, tokens: int, lengths: list[int]) -> Json
         "x": {"tensor": x},
         "w": {"tensor": {"shape": list(weight.shape), "dtype": weight.dtype}},
         "transposed": op.args[3],
-        "tiles": [[tile.start, tile.stop] for tiles in shares for tile in tiles],
-        "alone": len(shares) > 1,
+        **tile_places(shares),
         "lengths": lengths,
     }

@@ -150,9 +150,9 @@ class _Writer:
         inner = {name: self._use(name) if name in in_memory else "None" for name in op.body.inputs}
         note = self._note(op, number, again)
         product = _product(op, loop.trips, inner)
-        if product:
+        if product is not None:
             made = op.outputs[0] or ""
-            self._line(f"{made} = {product[:-1]}, out={self._buffer(number, made)})", note)
+            self._line(f"{made} = {call(product, inner, (self._buffer(number, made),))}", note)
             self.bound.setdefault(self.graph.storage_of(made), []).append(made)
             return
         steps = {phase: [body for body in op.body.ops if body.phase == phase] for phase in ("before", "tile", "after")}
@@ -288,14 +288,14 @@ class _Writer:
         self.lines.append(f"{text:<{COMMENT_COLUMN}}  # {comment}" if comment else text)
 
 
-def _product(op: Op, trips: int, names: dict[str, str]) -> str:
-    """The verb that does a whole Loop, if that is no more than a product with a weight whose record is in memory; else nothing."""
+def _product(op: Op, trips: int, names: dict[str, str]) -> Op | None:
+    """The verb that does a whole Loop, if that is no more than a product with a weight whose record is in memory; else None."""
     assert op.body is not None
     make = op.body.ops[0]
     if op.target not in PRODUCTS or names[make.args[1].name] == "None":
-        return ""
+        return None
     args = (op.args[0], make.args[0], make.args[1], make.target == "run.rows", trips)
-    return call(Op("", "run.product", args, PRODUCTS[op.target]), names)
+    return Op("", "run.product", args, PRODUCTS[op.target])
 
 
 def _assigned(op: Op, names: dict[str, str]) -> str:

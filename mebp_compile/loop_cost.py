@@ -11,7 +11,7 @@ from typing import Any
 
 from mebp_compile import openmp
 from mebp_compile.graph import Graph, LoopChoice, Op, Ref, Value
-from mebp_compile.lower.cuts import thread_tiles, tile_size
+from mebp_compile.lower.cuts import thread_tiles, tile_places, tile_size
 from mebp_compile.lower.loss_loop import TILED_LOSS
 from mebp_compile.lower.products import ADD_MULTIPLY, MATMULS, MULTIPLY, WIDENED, in_blocks
 from mebp_compile.lower.stream import Record
@@ -142,11 +142,10 @@ def _check(graph: Graph, op: Op, trips: int) -> Json:
     whole = call.format("w.t()" if transposed else "w", ":")
     part = call.format(tile, "i:j")
     unpack = "x, w" + (", b" if bias else "") + " = " + ", ".join(f"inputs[{name!r}]" for name in inputs)
-    shares = thread_tiles(width, trips, 1 if bias else openmp.threads())
-    places = [(each.start, each.stop) for tiles in shares for each in tiles]
-    tiled = f"y = x.new_empty({rows}, {width})\nfor i, j in {places}:\n    y[:, i:j] = {part}\nreturn y"
+    places = tile_places(thread_tiles(width, trips, 1 if bias else openmp.threads()))
+    tiled = f"y = x.new_empty({rows}, {width})\nfor i, j in {places['tiles']}:\n    y[:, i:j] = {part}\nreturn y"
     programs = {"first": f"{unpack}\nreturn {whole}", "second": f"{unpack}\n{tiled}"}
-    return {"kind": "equal", "inputs": inputs, **programs, "alone": len(shares) > 1}
+    return {"kind": "equal", "inputs": inputs, **programs, "alone": places["alone"]}
 
 
 def _matmul_shape(graph: Graph, op: Op) -> tuple[int, int, int]:

@@ -43,13 +43,10 @@ def read_facts(state: State) -> tuple[tuple[str, str], ...]:
     """(name, text of the value now) of every place. Equal texts mean that the step's Python would do the same; good across processes."""
     result: dict[str, str] = {}
     for place in _reached(state):
-        if place.name not in result:
-            result[place.name] = fact(place.read())
+        result.setdefault(place.name, fact(place.read()))
     for label, item in _trees(state):  # thousands of attributes, at every call
         for name, value in _kept(item):
-            key = f"{label}.{name}"
-            if key not in result:
-                result[key] = fact(value)
+            result.setdefault(f"{label}.{name}", fact(value))
     return tuple(result.items())
 
 

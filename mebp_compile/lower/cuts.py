@@ -26,6 +26,11 @@ def thread_tiles(width: int, trips: int, threads: int) -> list[list[slice]]:
     return [tiles_of(middle, half), tiles_of(width, half, middle)]
 
 
+def tile_places(shares: list[list[slice]]) -> dict[str, object]:
+    """Where the tiles of `thread_tiles` are, and whether each is one thread's alone: what a comparison with the whole product is told."""
+    return {"tiles": [[tile.start, tile.stop] for tiles in shares for tile in tiles], "alone": len(shares) > 1}
+
+
 def block_rows(tokens: int, trips: int) -> int:
     """Rows of each of `trips` blocks."""
     return min(tokens, _length(tokens, trips, ROWS_MULTIPLE))

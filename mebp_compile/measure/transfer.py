@@ -149,7 +149,7 @@ class _State:
             if self.queue.qsize() >= self.queue_length:
                 start_ns = time.perf_counter_ns()
                 self.wait_until(lambda: self.closing or self.queue.qsize() < self.queue_length)
-                self.stall_us += (time.perf_counter_ns() - start_ns) / 1000
+                self.add_stall(start_ns)
             if self.closing:
                 raise TransferClosed("the transfer thread is closed", CLOSED_FIX)
             self.submitted += 1
