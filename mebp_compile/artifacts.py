@@ -19,14 +19,15 @@ from mebp_compile import codegen
 from mebp_compile.config import format_bytes
 from mebp_compile.errors import DiskError, GraphError, OptionError
 from mebp_compile.graph import PERSISTENT, Graph, from_json, to_json, verify
-from mebp_compile.overhead import charged_sizes, constant_overhead
+from mebp_compile.overhead import PAGE_BYTES, charged_sizes, constant_overhead
+from mebp_compile.pages import Decommit
 from mebp_compile.place import ALIGN, Life, Placement, lives
 from mebp_compile.planning import Plan, faults_us, tensor_peak
 from mebp_compile.walk import walk
 from mebp_compile.whole_file import write_whole
 from solvers.baselines import keep_all
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 DATA = ("graph.json", "problem.json", "schedule.json", "offsets.json")
 PLAN, PROGRAM = "plan.json", "program.py"
 AGAIN = "save it again with step.save(folder), or plan again"
@@ -56,13 +57,14 @@ def save_artifacts(folder: str | Path, graph: Graph, plan: Plan, code: str) -> P
 
 def _offsets_text(placement: Placement) -> str:
     rows = [[step, storage, offset] for (step, storage), offset in sorted(placement.offsets.items())]
-    return json.dumps({"columns": ["step", "storage", "offset"], "offsets": rows}, separators=(",", ":"))
+    data = {"columns": ["step", "storage", "offset"], "offsets": rows, "decommits": placement.decommits}
+    return json.dumps(data, separators=(",", ":"))
 
 
 def _numbers_text(plan: Plan, texts: dict[str, str]) -> str:
     """Every number of the plan that has no file of its own, one a line, and the digests of the files that have."""
     numbers = {field.name: getattr(plan, field.name) for field in fields(Plan) if field.name not in _IN_FILES_OF_THEIR_OWN}
-    placement = {field.name: getattr(plan.placement, field.name) for field in fields(Placement) if field.name != "offsets"}
+    placement = {field.name: getattr(plan.placement, field.name) for field in fields(Placement) if field.name not in ("offsets", "decommits")}
     report = {field.name: getattr(plan.report, field.name) for field in fields(solvers.Report)}
     digests = {name: _digest(text) for name, text in texts.items()}
     data = {"format": FORMAT_VERSION, **numbers, "placement": placement, "report": report, "sha256": digests}
@@ -109,12 +111,14 @@ def _read(folder: Path, name: str) -> str:
 
 def _plan(texts: dict[str, str], data: dict[str, Any]) -> Plan:
     placement, report = data.pop("placement"), data.pop("report")
-    offsets = {(step, storage): offset for step, storage, offset in json.loads(texts["offsets.json"])["offsets"]}
+    places = json.loads(texts["offsets.json"])
+    offsets = {(step, storage): offset for step, storage, offset in places["offsets"]}
+    decommits = tuple(Decommit(*row) for row in places["decommits"])
     return Plan(
         problem=solvers.Problem.from_json(texts["problem.json"]),
         schedule=solvers.Schedule.from_json(texts["schedule.json"]),
         report=solvers.Report(**{key: _frozen(value) for key, value in report.items()}),
-        placement=Placement(offsets=offsets, **{key: _frozen(value) for key, value in placement.items()}),
+        placement=Placement(offsets, **{key: _frozen(value) for key, value in placement.items()}, decommits=decommits),
         **{key: _frozen(value) for key, value in data.items()},
     )
 
@@ -149,6 +153,9 @@ def check_plan(graph: Graph, plan: Plan, code: str) -> Iterator[str]:
     )
     _check_offsets(graph, plan)
     yield f"offsets: {len(plan.placement.offsets):,} tensors share {plan.placement.arena_bytes:,} bytes of arena without overlap"
+    if plan.placement.decommits:
+        _check_decommits(graph, plan)
+        yield f"decommits: {len(plan.placement.decommits):,} times pages of the arena go back to the system, none that a tensor lies on"
     _check_footprint(graph, plan)
     yield f"peak: {plan.peak_bytes:,} bytes ({format_bytes(plan.peak_bytes)}) with arena and workspace, keep-all {plan.keep_all_bytes:,} bytes"
     yield _program_line(graph, plan, code)
@@ -194,6 +201,19 @@ def _check_offsets(graph: Graph, plan: Plan) -> None:
                 names = (graph.storages[life.storage].name, graph.storages[other[2]].name)
                 raise GraphError(f"at step {life.start} {names[0]} and {names[1]} share bytes {max(item[0], other[0])} of the arena", AGAIN)
         insort(now, item)
+
+
+def _check_decommits(graph: Graph, plan: Plan) -> None:
+    """Each is of pages of the arena, before a step that there is, and meets no life of that step."""
+    placed, steps, last = _placed(graph, plan), len(plan.schedule.steps), 0
+    for step, low, high in plan.placement.decommits:
+        if not (last <= step < steps and 0 <= low < high < plan.placement.arena_bytes + PAGE_BYTES and low % PAGE_BYTES == high % PAGE_BYTES == 0):
+            raise GraphError(f"bytes {low} to {high} given back at step {step} are no pages of the arena, or out of order", AGAIN)
+        last = step
+        for life in placed:
+            offset = plan.placement.offsets[life.start, life.storage]
+            if life.start <= step < life.end and offset < high and low < offset + life.size_bytes:
+                raise GraphError(f"at step {step} pages of {graph.storages[life.storage].name} are given back while it lives", AGAIN)
 
 
 def _placed(graph: Graph, plan: Plan) -> list[Life]:

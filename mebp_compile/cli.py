@@ -37,6 +37,14 @@ if TYPE_CHECKING:
     from mebp_compile.finetune import Settings, Training
 
 
+def command() -> int:
+    """`main`, in a process whose malloc keeps its heap small."""
+    from mebp_compile.measure.process import restart_with_small_heap
+
+    restart_with_small_heap()
+    return main()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 for an error that says what to try, 130 when interrupted."""
     args = parser().parse_args(argv)

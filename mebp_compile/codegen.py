@@ -6,7 +6,7 @@ marked recompute, `Free` is `del`, and the transfers are verbs of the engine. Th
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 import solvers
@@ -43,6 +43,9 @@ class _Writer:
         runs = Counter(step.op for step in self.schedule.steps if isinstance(step, solvers.Run))
         self.repeated_draws = {op for op, times in runs.items() if self.graph.ops[op].rng and times > 1}
         self.timeline = self.plan.report.timeline
+        self.decommits: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
+        for item in self.plan.placement.decommits:
+            self.decommits[item.step].append((item.low, item.high))
         self.base = {
             graph_value.storage: graph_value for graph_value in reversed(self.graph.values) if graph_value.name not in self.graph.view
         }
@@ -93,6 +96,7 @@ class _Writer:
     # --- steps ---
 
     def _step(self, number: int, step: solvers.Step) -> None:
+        self._decommit(number)
         if isinstance(step, solvers.Run):
             self._run(number, step)
         elif isinstance(step, solvers.Free):
@@ -103,6 +107,12 @@ class _Writer:
             self._prefetch(number, step.storage)
         else:
             self._wait(step.storage)
+
+    def _decommit(self, number: int) -> None:
+        ranges = self.decommits[number]
+        if ranges:
+            size = format_bytes(sum(high - low for low, high in ranges))
+            self._line(f"run.decommit({', '.join(map(str, ranges))})", f"{size} of the arena's pages")
 
     def _run(self, number: int, step: solvers.Run) -> None:
         op = self.graph.ops[step.op]

@@ -36,7 +36,7 @@ from mebp_compile.runtime.saved_state import GENERATOR, TENSORS, SavedState, pla
 from mebp_compile.runtime.tensor_file import DAMAGED, Geometry
 from mebp_compile.runtime.weights import WeightStore
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 LEAN, PROGRAM, COMPILED, ADAPTER = "lean.json", "program.py", "program.pyc", "adapter_config.json"
 PYC_HEADER_BYTES = 16
 PLAN_AGAIN = "plan the step for it: `mebp plan --out`, or optimize and save"

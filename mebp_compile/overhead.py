@@ -11,6 +11,7 @@ dimensions and 617 with more.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Collection
 
 from mebp_compile.graph import PERSISTENT, Graph
@@ -20,7 +21,7 @@ VIEW_BYTES = 640
 RNG_STATE_BYTES = 5504  # one saved state of the generator: 5,056 bytes and its tensor
 STEP_BYTES = 16384  # of Python's own: frames, results, hyper-parameters
 MAPPED_BYTES = 128 << 10
-PAGE_BYTES = 4096
+PAGE_BYTES = mmap.PAGESIZE
 FRESH_BYTES = 4 << 20  # blocks from here on malloc maps and gives back at once where the budget is tight, see `mapped_bytes`
 LEAST_FRESH_BYTES = 512 << 10
 HOLES = 24  # a small budget of this many blocks that malloc keeps

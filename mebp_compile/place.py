@@ -1,27 +1,28 @@
-"""Offsets: which storages lie in the arena, where, and what the whole footprint then is.
+"""Offsets: which storages lie in the arena, where, when its pages go back to the system, and what the whole footprint then is.
 
-An arena is one block that is always there, so putting a storage in it pays only if the block is reused; what does not fit under the budget
-that way stays with the allocator. An empty arena always fits, so placement never refuses a schedule that the checker accepted.
+Where the budget has room for it, the arena is there whole all the time. Where it has not, its pages count only while they are in memory, and some of
+them are given back before a step that needs the bytes for a workspace or for what the allocator serves (`pages.py`). On an accelerator, whose memory
+has no such pages, and where rounding to pages costs more than there is, the arena is cut off at the top until it fits: what lay there stays with the
+allocator. No arena at all always fits, so placement never refuses a schedule that the checker accepted.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mebp_compile.columns import Lives, columns
+import solvers
 from mebp_compile.graph import Graph
-from mebp_compile.overhead import allocated_bytes
-from solvers import Free, Prefetch, Problem, Run, Schedule
+from mebp_compile.overhead import PAGE_BYTES, allocated_bytes
+from mebp_compile.pages import Decommit, Spans, decommits, resident
+from solvers import Free, Lifespan, Prefetch, Problem, Run, Schedule
 
 ALIGN = 64
-SMALLEST_BYTES = 4096  # below this the allocator's own caches are faster than any arena
-TRIALS = 90  # arena sizes tried, each SHRINK times the one before
-SHRINK = 0.95
-RESTARTS = 6
-WORK = 120_000  # lives tried in all, roughly 4 seconds
+SMALLEST_BYTES = (4096, 65536)  # below the first the allocator's own caches are faster than any arena; the second where pages are dear
+SHARES = [0.9**trial for trial in range(40)]  # of an arena that has everything
 
 Ints = NDArray[np.int64]
 
@@ -29,11 +30,12 @@ Ints = NDArray[np.int64]
 @dataclass(frozen=True)
 class Placement:
     """offsets: arena offset of a storage by (step that makes it, storage). peak_bytes: arena + allocator + workspace + constant at the
-    worst step."""
+    worst step. decommits: pages of the arena that go back to the system, in the order of their steps; without any the arena counts whole."""
 
     offsets: dict[tuple[int, int], int]
     arena_bytes: int
     peak_bytes: int
+    decommits: tuple[Decommit, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,9 @@ class Life:
 def lives(graph: Graph, problem: Problem, schedule: Schedule) -> list[Life]:
     """Every interval of the schedule in which a storage occupies memory; persistent ones resident from the start have start -1."""
     outputs = {graph.storage_of(name) for _, name in graph.results}
+    records = returning(graph, schedule)
     alive: dict[int, tuple[int, bool]] = {
-        index: (-1, False) for index, s in enumerate(problem.storages) if s.persistent and (not s.movable or index in schedule.resident)
+        index: (-1, index in records) for index, s in enumerate(problem.storages) if s.persistent and (not s.movable or index in schedule.resident)
     }
     result: list[Life] = []
 
@@ -77,187 +80,88 @@ def lives(graph: Graph, problem: Problem, schedule: Schedule) -> list[Life]:
                 if storage not in alive:
                     alive[storage] = (number, fits and storage not in outputs)
         elif isinstance(step, Prefetch):
-            alive[step.storage] = (number, step.storage not in outputs and step.storage not in schedule.resident)
+            fits = step.storage in records or step.storage not in schedule.resident
+            alive[step.storage] = (number, fits and step.storage not in outputs)
         elif isinstance(step, Free) and step.storage in alive:
             start, fits = alive.pop(step.storage)
             result.append(life(step.storage, start, number, fits))
-    return result + [life(storage, start, len(schedule.steps), False) for storage, (start, _) in alive.items()]
+    return result + [life(storage, start, len(schedule.steps), fits and storage in records) for storage, (start, fits) in alive.items()]
+
+
+def returning(graph: Graph, schedule: Schedule) -> set[int]:
+    """Packed weights at home in memory that leave it in mid-step and come back: they have bytes of the arena to themselves."""
+    freed = {step.storage for step in schedule.steps if isinstance(step, Free)} & schedule.resident
+    return {index for index in freed if graph.storages[index].role == "weight"} if not graph.device else set()
 
 
 def place_under(graph: Graph, problem: Problem, schedule: Schedule) -> Placement:
-    """The placement of most bytes whose footprint stays within the problem's budget: arenas of several sizes are tried, the empty one
-    last."""
-    every = lives(graph, problem, schedule)
-    steps = len(schedule.steps)
-    eligible = [life for life in every if life.fits_arena and life.size_bytes >= SMALLEST_BYTES]
-    chosen = set(map(id, eligible))
-    fixed = _profile([life for life in every if id(life) not in chosen], steps) + workspace_profile(problem, schedule) + problem.constant_bytes
-    fixed += _profile([replace(life, charged_bytes=life.charged_bytes - life.outside_bytes) for life in eligible], steps)
-    best, work = pack_columns(eligible, problem.budget_bytes - fixed), Work(WORK)
-    for arena_bytes in _arena_sizes(eligible, problem.budget_bytes - int(fixed.max(initial=0)), steps):
-        if work.left <= 0 or best.bytes >= sum(life.size_bytes for life in eligible if life.size_bytes <= arena_bytes):
-            break
-        packed = pack(eligible, arena_bytes, problem.budget_bytes - fixed, work)
-        if packed is not None and packed.bytes > best.bytes:
-            best = packed
-    placed = set(map(id, best.lives))
-    footprint = fixed + best.arena_bytes + _allocated([life for life in eligible if id(life) not in placed], steps)
-    offsets = {(life.start, life.storage): offset for life, offset in zip(best.lives, best.offsets, strict=True)}
-    return Placement(offsets, best.arena_bytes, int(footprint.max(initial=0)))
+    """The placement of most bytes whose footprint stays within the problem's budget."""
+    every, steps, budget_bytes = lives(graph, problem, schedule), len(schedule.steps), problem.budget_bytes
+    fixed = workspace_profile(problem, schedule) + problem.constant_bytes
+    records = returning(graph, schedule)
+    for smallest_bytes in SMALLEST_BYTES:
+        some = [life for life in every if life.fits_arena and life.size_bytes >= smallest_bytes and life.storage not in records]
+        items = [Lifespan(life.storage, life.start, life.end, life.size_bytes, ALIGN) for life in some]
+        packed = solvers.place(items, enough_bytes=budget_bytes - int((fixed + _beside(every, some, steps)).max(initial=0)))
+        for share in SHARES:
+            cap_bytes = int(share * packed.arena_bytes)
+            pairs = zip(some, packed.offsets, strict=True)
+            places = {(life.start, life.storage): low for life, low in pairs if low + life.size_bytes <= cap_bytes}
+            found = _held(every, places | _at_home(every, records, cap_bytes), fixed, budget_bytes, whole=bool(graph.device))
+            if found is not None:
+                return found
+    return Placement({}, 0, int((fixed + _beside(every, [], steps)).max(initial=0)))
 
 
-@dataclass(frozen=True)
-class Packed:
-    """Lives and the offset of each, in an arena of arena_bytes."""
-
-    lives: list[Life]
-    offsets: list[int]
-    arena_bytes: int
-
-    @property
-    def bytes(self) -> int:
-        """What no longer comes from the allocator in a step: each life counts once, as each costs one allocation with its page faults."""
-        return sum(life.size_bytes for life in self.lives)
+def _at_home(every: Sequence[Life], records: Collection[int], low: int) -> dict[tuple[int, int], int]:
+    """Pages of its own for each record, above `low`: the same in all its lives."""
+    places: dict[int, int] = {}
+    for life in every:
+        if life.storage in records and life.storage not in places:
+            places[life.storage] = -(-low // PAGE_BYTES) * PAGE_BYTES
+            low = places[life.storage] + life.size_bytes
+    return {(life.start, life.storage): places[life.storage] for life in every if life.storage in records}
 
 
-@dataclass
-class Work:
-    """How many more lives may be tried: a limit that does not depend on the machine."""
-
-    left: int
-
-
-def _arena_sizes(eligible: list[Life], most_bytes: int, steps: int) -> list[int]:
-    """Arena sizes worth trying, largest first: from what the lives together need (and the budget leaves) down to a hundredth."""
-    load = int(_allocated(eligible, steps).max(initial=0))
-    start = min(most_bytes, load + load // 8 + 64 * ALIGN)
-    return [size for size in (int(start * SHRINK**trial) for trial in range(TRIALS)) if size >= SMALLEST_BYTES]
-
-
-def pack_columns(eligible: list[Life], room: Ints) -> Packed:
-    """Columns of lives, and in the holes that they leave whatever else fits. The same `room` as for `pack`; never above it."""
-    sizes = np.array([life.size_bytes for life in eligible], np.int64)
-    allocated = np.array([life.outside_bytes for life in eligible], np.int64)
-    starts, ends = (np.array([getattr(life, name) for life in eligible], np.int64) for name in ("start", "end"))
-    found = columns(Lives(starts, ends, sizes, allocated - sizes), room - _allocated(eligible, len(room)), ALIGN, WORK)
-    arena = Arena(sum(column.width for column in found), len(eligible))
-    for column in found:
-        for index in column.members:
-            arena.put(eligible[index], column.offset)
-    placed = {index for column in found for index in column.members}
-    for index in sorted(set(range(len(eligible))) - placed, key=lambda index: (-sizes[index], starts[index])):
-        arena.add(eligible[index])
-    return Packed(arena.lives, arena.offsets, arena.cap_bytes)
-
-
-def pack(eligible: list[Life], arena_bytes: int, room: Ints, work: Work) -> Packed | None:
-    """First fit under a cap. `room[t]`: what the arena and the lives outside of it may take together at step t; None where that is
-    exceeded.
-
-    Lives larger than the arena stay outside; those for which there is no room outside are placed first, then the others, each kind from the
-    largest on. One that then fits neither inside nor outside moves to the front, and all begins again.
-    """
-    spare = Spare(room - arena_bytes)
-    order = sorted(eligible, key=lambda life: (-life.size_bytes, life.start))
-    inside = [life for life in order if life.size_bytes <= arena_bytes]
-    if not all(spare.take(life) for life in order if life.size_bytes > arena_bytes):
+def _held(every: list[Life], offsets: dict[tuple[int, int], int], fixed: Ints, budget_bytes: int, whole: bool) -> Placement | None:
+    """Lives at their offsets, beside what is not in the arena and `fixed[step]` bytes; None if that is not within the budget. whole: no page can
+    be given back."""
+    inside = [life for life in every if (life.start, life.storage) in offsets]
+    arena_bytes = max((offsets[life.start, life.storage] + life.size_bytes for life in inside), default=0)
+    rest = fixed + _beside(every, inside, len(fixed))
+    if arena_bytes + int(rest.max(initial=0)) <= budget_bytes:
+        return Placement(offsets, arena_bytes, arena_bytes + int(rest.max(initial=0)))
+    given_back = None if whole else decommits(spans(inside, offsets), rest, budget_bytes)
+    if given_back is None:
         return None
-    forced = [life for life in inside if not spare.has(life)]
-    for _ in range(RESTARTS):
-        front = set(map(id, forced))
-        tried = [*forced, *(life for life in inside if id(life) not in front)]
-        arena, stuck = _first_fit(tried, arena_bytes, Spare(spare.left.copy()), work)
-        if stuck is None:
-            tops = [offset + life.size_bytes for life, offset in zip(arena.lives, arena.offsets, strict=True)]
-            return Packed(arena.lives, arena.offsets, max(tops, default=0))
-        if id(stuck) in front and forced[0] is stuck:
-            return None
-        forced = [stuck, *(life for life in forced if life is not stuck)]
-    return None
+    placement = Placement(offsets, arena_bytes, 0, given_back)
+    return replace(placement, peak_bytes=int((arena_profile(inside, placement, len(rest)) + rest).max()))
 
 
-def _first_fit(order: list[Life], arena_bytes: int, spare: Spare, work: Work) -> tuple[Arena, Life | None]:
-    """The lives in the arena or else outside; and the first that finds place in neither."""
-    arena = Arena(arena_bytes, len(order))
-    for life in order:
-        work.left -= 1
-        if not arena.add(life) and not spare.take(life):
-            return arena, life
-    return arena, None
+def arena_profile(every: Sequence[Life], placement: Placement, steps: int) -> Ints:
+    """What the arena takes at each step: its whole size, or its pages in memory where some are given back."""
+    if not placement.decommits:
+        return np.full(steps, placement.arena_bytes, np.int64)
+    inside = [life for life in every if (life.start, life.storage) in placement.offsets]
+    return resident(spans(inside, placement.offsets), placement.decommits, steps)
 
 
-class Spare:
-    """Bytes that lives outside of the arena may still take, by step."""
-
-    def __init__(self, bytes_by_step: Ints) -> None:
-        self.left = bytes_by_step
-
-    def has(self, life: Life) -> bool:
-        return int(self.left[max(0, life.start) : life.end].min(initial=1 << 62)) >= life.outside_bytes
-
-    def take(self, life: Life) -> bool:
-        if not self.has(life):
-            return False
-        self.left[max(0, life.start) : life.end] -= life.outside_bytes
-        return True
+def spans(some: Sequence[Life], offsets: Mapping[tuple[int, int], int]) -> Spans:
+    """When and where lives are in the arena."""
+    rows = [(life.start, life.end, offsets[life.start, life.storage], life.size_bytes) for life in some]
+    start, end, low, size = np.array(rows, np.int64).reshape(-1, 4).T
+    return Spans(start, end, low, low + size)
 
 
-class Arena:
-    """Lives placed so far, each at the lowest offset that was free for its whole life."""
-
-    def __init__(self, cap_bytes: int, most: int) -> None:
-        self.cap_bytes = cap_bytes
-        self.rows: Ints = np.zeros((4, most), np.int64)  # start, end, low, high of each life, sorted by low
-        self.lives: list[Life] = []
-        self.offsets: list[int] = []
-
-    def add(self, life: Life) -> bool:
-        """Place the life if it fits under the cap."""
-        count = len(self.lives)
-        start, end, low, high = self.rows[:, :count]
-        clash = (start < life.end) & (end > life.start)
-        offset = _lowest_gap(low[clash], high[clash], life.size_bytes)
-        if offset + life.size_bytes > self.cap_bytes:
-            return False
-        self.put(life, offset)
-        return True
-
-    def put(self, life: Life, offset: int) -> None:
-        """Place the life at an offset that is free for all of it."""
-        count = len(self.lives)
-        at = int(np.searchsorted(self.rows[2, :count], offset))
-        self.rows[:, at + 1 : count + 1] = self.rows[:, at:count].copy()
-        self.rows[:, at] = life.start, life.end, offset, _aligned(offset + life.size_bytes)
-        self.lives.append(life)
-        self.offsets.append(offset)
-
-
-def _lowest_gap(low: Ints, high: Ints, size_bytes: int) -> int:
-    """The lowest aligned offset with `size_bytes` free among the intervals [low, high), sorted by low."""
-    if not len(low):
-        return 0
-    tops = np.maximum.accumulate(high)
-    if low[0] >= size_bytes:
-        return 0
-    fits = np.flatnonzero(low[1:] - tops[:-1] >= size_bytes)
-    return int(tops[fits[0]]) if len(fits) else int(tops[-1])
-
-
-def _aligned(offset: int) -> int:
-    return -(-offset // ALIGN) * ALIGN
-
-
-def _allocated(some: list[Life], steps: int) -> Ints:
-    """What the allocator takes for the lives at every step."""
-    return _profile([replace(life, charged_bytes=life.outside_bytes) for life in some], steps)
-
-
-def _profile(some: list[Life], steps: int) -> Ints:
-    """Bytes charged for the lives at every step, from the one that makes a storage up to the one before its Free."""
+def _beside(every: Sequence[Life], inside: Sequence[Life], steps: int) -> Ints:
+    """Bytes charged for the lives at every step, from the one that makes a storage up to the one before its Free; of those in the arena only what
+    they take beside their bytes there."""
+    placed = set(map(id, inside))
     change: Ints = np.zeros(steps + 2, np.int64)
-    for life in some:
-        change[max(0, life.start)] += life.charged_bytes
-        change[life.end] -= life.charged_bytes
+    for life in every:
+        charged_bytes = life.charged_bytes - (life.outside_bytes if id(life) in placed else 0)
+        change[max(0, life.start)] += charged_bytes
+        change[life.end] -= charged_bytes
     total: Ints = np.cumsum(change)[:steps]
     return total
 

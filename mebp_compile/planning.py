@@ -21,7 +21,7 @@ from mebp_compile.place import Placement, lives, place_under
 from solvers import Problem, Report, Schedule, Solution, baselines
 from solvers.bounds import roofline_us, working_set
 
-MANY_FAULTS_US = 100_000.0  # from which on schedules with fewer of them are looked for
+MANY_FAULTS = 0.02  # of a step's time, from which on schedules with fewer of them are looked for
 ROOM_SHARES = (0.97, 0.9, 0.8)
 ROOMY = 1.25
 
@@ -59,7 +59,7 @@ class Plan:
 
     peak_bytes: what the meters will show at most (tensors, workspace, arena padding, all inside the budget).
     tensor_bytes: the largest sum of storages alone. keep_all_*: the same step without any recompute or offload. faults_us: what the schedule
-    does not know, the page faults of large storages that have no place in the arena.
+    does not know, the page faults of what the arena gives back and of large storages that have no place in it.
     """
 
     problem: Problem
@@ -189,12 +189,12 @@ def make_plan(
     problem: Problem,
     effort: str = "balanced",
     time_limit_s: float = 20.0,
-    hints: Sequence[Schedule] = (),
+    hints: Sequence[Plan] = (),
     advice: str = "",
     tell: Callable[[str], None] | None = None,
     solver: str | None = None,
 ) -> Plan:
-    """Solve, check, place. `hints`: schedules of smaller budgets, than which the plan is never slower. `solver` names a fixed schedule of
+    """Solve, check, place. `hints`: plans of smaller budgets, than which this one is never slower. `solver` names a fixed schedule of
     `solvers.baselines` instead, whatever the effort.
 
     Raises BudgetInfeasible, naming the smallest budget found, its lower bound and the op that binds.
@@ -205,8 +205,14 @@ def make_plan(
     except solvers.Infeasible as error:
         raise _refusal(graph, problem, error, advice) from None
     placement = place_under(graph, problem, solution.schedule)
-    if not solver and faults_us(graph, problem, solution.schedule, placement) > MANY_FAULTS_US:
+    if not solver and faults_us(graph, problem, solution.schedule, placement) > MANY_FAULTS * solution.report.time_us:
         solution, placement = _with_room(graph, problem, solution, placement, effort, time_limit_s, tell)
+    for hint in hints:
+        least_us = solution.report.time_us + faults_us(graph, problem, solution.schedule, placement)
+        if hint.time_us < least_us and hint.peak_bytes <= problem.budget_bytes and _holds(problem, hint.schedule):
+            report = solvers.replay(problem, hint.schedule)
+            gap = report.time_us / solution.bound_us - 1 if solution.bound_us else 0.0
+            solution, placement = replace(solution, schedule=hint.schedule, report=report, gap=gap, method="hint"), hint.placement
     report = solvers.replay(problem, solution.schedule)
     if placement.peak_bytes > problem.budget_bytes:
         message = f"the placement needs {placement.peak_bytes:,} bytes, the budget is {problem.budget_bytes:,}"
@@ -254,12 +260,13 @@ def is_tight(problem: Problem, placement: Placement) -> bool:
 
 
 def faults_us(graph: Graph, problem: Problem, schedule: Schedule, placement: Placement) -> int:
-    """What fresh pages take in a step: those of large storages that the arena has no place for, where the budget is tight. (Those of a Loop's
-    tiles are in its price.)"""
+    """What fresh pages take in a step: those that the arena gives back, and where the budget is tight those of large storages that it has no
+    place for. (Those of a Loop's tiles are in its price.)"""
     if graph.device or not is_tight(problem, placement):
         return 0
+    again_bytes = sum(item.high - item.low for item in placement.decommits)
     outside = (life for life in lives(graph, problem, schedule) if life.start >= 0 and (life.start, life.storage) not in placement.offsets)
-    return int(sum(fault_us(life.size_bytes, mapped_bytes(problem.budget_bytes)) for life in outside))
+    return int(fault_us(again_bytes, 0) + sum(fault_us(life.size_bytes, mapped_bytes(problem.budget_bytes)) for life in outside))
 
 
 def _with_room(
@@ -271,11 +278,11 @@ def _with_room(
     time_limit_s: float,
     tell: Callable[[str], None] | None,
 ) -> tuple[Solution, Placement]:
-    """Of the given schedule, one that makes large storages as if their pages were always fresh, and those of somewhat smaller budgets, the one of
-    least time with its page faults: a schedule that fills memory to the last byte leaves an arena no room."""
+    """Of the given schedule and those of somewhat smaller budgets, the one of least time with its page faults: a schedule that fills memory to the
+    last byte makes the arena give back many pages."""
     faults = faults_us(graph, problem, solution.schedule, placement)
     best = solution.report.time_us + faults
-    for variant in (_with_faults(problem), *(problem.with_budget(int(problem.budget_bytes * share)) for share in ROOM_SHARES)):
+    for variant in (problem.with_budget(int(problem.budget_bytes * share)) for share in ROOM_SHARES):
         try:
             schedule = solvers.solve(variant, effort=effort, time_limit_s=time_limit_s, progress=tell).schedule
         except solvers.Infeasible:
@@ -286,40 +293,30 @@ def _with_room(
             best, faults, placement = report.time_us + fewer, fewer, placed
             gap = report.time_us / solution.bound_us - 1 if solution.bound_us else 0.0
             solution = replace(solution, schedule=schedule, report=report, gap=gap)
-        if faults <= MANY_FAULTS_US:
+        if faults <= MANY_FAULTS * best:
             break
     return solution, placement
 
 
-def _with_faults(problem: Problem) -> Problem:
-    """The problem where what makes a large storage takes the page faults of it."""
-    fresh_bytes = mapped_bytes(problem.budget_bytes)
-
-    def priced(op: solvers.Op) -> solvers.Op:
-        more_us = int(sum(fault_us(problem.storages[storage].size_bytes, fresh_bytes) for storage in op.creates))
-        return replace(op, choices=tuple(replace(choice, time_us=choice.time_us + more_us) for choice in op.choices)) if more_us else op
-
-    return replace(problem, ops=tuple(map(priced, problem.ops)))
-
-
 def _solved(
-    problem: Problem, effort: str, time_limit_s: float, hints: Sequence[Schedule], tell: Callable[[str], None] | None
+    problem: Problem, effort: str, time_limit_s: float, hints: Sequence[Plan], tell: Callable[[str], None] | None
 ) -> Solution:
-    """The solver's own answer, or a hint that is faster. A hint is only compared with, for it would end the search once it is good enough,
-    and what was made for less memory recomputes and moves more than it need."""
+    """The solver's own answer. It is told of hints only where it finds none: one would end the search once it is good enough, and what was made
+    for less memory recomputes and moves more than it need."""
     try:
-        own = solvers.solve(problem, effort=effort, time_limit_s=time_limit_s, progress=tell)
+        return solvers.solve(problem, effort=effort, time_limit_s=time_limit_s, progress=tell)
     except solvers.Infeasible:
         if not hints:
             raise
-        return solvers.solve(problem, effort=effort, time_limit_s=time_limit_s, hints=hints, progress=tell)
-    for hint in hints:
-        with contextlib.suppress(solvers.ScheduleError):
-            report = solvers.replay(problem, hint)
-            if report.time_us < own.report.time_us:
-                gap = report.time_us / own.bound_us - 1 if own.bound_us else 0.0
-                own = replace(own, schedule=hint, report=report, gap=gap, method="hint")
-    return own
+        schedules = [hint.schedule for hint in hints]
+        return solvers.solve(problem, effort=effort, time_limit_s=time_limit_s, hints=schedules, progress=tell)
+
+
+def _holds(problem: Problem, schedule: Schedule) -> bool:
+    with contextlib.suppress(solvers.ScheduleError):
+        solvers.replay(problem, schedule)
+        return True
+    return False
 
 
 def _refusal(graph: Graph, problem: Problem, error: solvers.Infeasible, advice: str) -> BudgetInfeasible:
@@ -342,8 +339,7 @@ def make_plans(
     one's schedule does. Raises BudgetInfeasible for the first, from the smallest on, that nothing fits."""
     plans: dict[int, Plan] = {}
     for budget_bytes in sorted(set(budgets)):
-        hints = [plan.schedule for plan in plans.values()]
-        plans[budget_bytes] = make_plan(graph, problem.with_budget(budget_bytes), effort, time_limit_s, hints)
+        plans[budget_bytes] = make_plan(graph, problem.with_budget(budget_bytes), effort, time_limit_s, tuple(plans.values()))
     return [plans[budget_bytes] for budget_bytes in budgets]
 
 

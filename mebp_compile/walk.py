@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from mebp_compile.errors import GraphError
 from mebp_compile.graph import Graph, Op
 from mebp_compile.overhead import allocated_bytes
-from mebp_compile.place import Life, lives, workspace_profile
+from mebp_compile.place import Life, arena_profile, lives, workspace_profile
 from mebp_compile.planning import Plan
 from solvers import Offload, Prefetch, Problem, Run, Schedule, Step, Wait
 
@@ -93,7 +93,7 @@ class Walk:
     """The schedule, step by step.
 
     again: whether a step runs an op that ran before (a recompute). live: bytes of each group of GROUPS at each step (constant bytes count
-    as parameters), whose sum is the plan's timeline. footprint: the same with the arena's whole size instead of the storages in it.
+    as parameters), whose sum is the plan's timeline. footprint: the same with what the arena takes instead of the storages in it.
     """
 
     clocks: Clocks
@@ -123,7 +123,8 @@ def walk(graph: Graph, plan: Plan) -> Walk:
         raise GraphError("the plan's timeline or time is not what its schedule gives", "run `mebp check` on the folder, or plan again")
     placed = [life for life in every if (life.start, life.storage) in plan.placement.offsets]
     inside = _profile([replace(life, size_bytes=allocated_bytes(life.size_bytes)) for life in placed], len(steps))
-    footprint = tuple(all_ - part + plan.placement.arena_bytes for all_, part in zip(total, inside, strict=True))
+    arena = arena_profile(placed, plan.placement, len(steps)).tolist()
+    footprint = tuple(all_ - part + own for all_, part, own in zip(total, inside, arena, strict=True))
     return Walk(times, every, again, {name: tuple(row) for name, row in live.items()}, footprint)
 
 

@@ -92,7 +92,7 @@ class Shared:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.captured: dict[str, Any] = {}
-        self.hints: dict[str, list[solvers.Schedule]] = {}
+        self.hints: dict[str, list[Plan]] = {}
 
     def options(self, budget_bytes: int) -> Options:
         return Options(budget_bytes, self.folder, effort="fast", cache=False)
@@ -123,7 +123,7 @@ class PlannedAgain(CompiledStep):
             initialise_optimizer(optimizer)
         hints = self.shared.hints.setdefault(key, [])
         plan = make_plan(graph, nominal(loose.problem).with_budget(self.options.budget_bytes), self.options.effort, hints=tuple(hints))
-        hints.append(plan.schedule)
+        hints.append(plan)
         return contract, graph, plan, codegen.generate(graph, plan)
 
 

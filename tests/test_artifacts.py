@@ -16,6 +16,8 @@ from planned import Planned, random_plan, roomy, tight
 import solvers
 from mebp_compile.artifacts import check_artifacts, check_plan, load_artifacts, save_artifacts
 from mebp_compile.errors import DiskError, GraphError, OptionError
+from mebp_compile.overhead import PAGE_BYTES
+from mebp_compile.pages import Decommit
 from mebp_compile.planning import Plan
 from solvers import Run, Schedule
 
@@ -53,7 +55,7 @@ def test_check_accepts_every_plan(seed: int) -> None:
 def test_check_reads_a_folder(tmp_path: Path) -> None:
     """Each claim is a line that begins with ok, the budget among them."""
     text = check_artifacts(save(tmp_path, tight(True)))
-    assert len(text.splitlines()) == 6
+    assert len(text.splitlines()) == 7
     assert all(line.startswith("ok  ") for line in text.splitlines())
     assert f"{tight(True).plan.problem.budget_bytes:,} bytes" in text
 
@@ -136,12 +138,29 @@ def with_smaller_arena(plan: Plan) -> Plan:
     return replace(plan, placement=replace(plan.placement, arena_bytes=plan.placement.arena_bytes - 64))
 
 
+def with_a_page_of_a_tensor(plan: Plan) -> Plan:
+    (step, _), low = min(plan.placement.offsets.items())
+    return with_decommits(plan, (Decommit(step, low - low % PAGE_BYTES, low - low % PAGE_BYTES + PAGE_BYTES),))
+
+
+def with_half_a_page(plan: Plan) -> Plan:
+    return with_decommits(plan, (Decommit(0, 0, PAGE_BYTES // 2),))
+
+
+def without_decommits(plan: Plan) -> Plan:
+    return with_decommits(plan, ())
+
+
+def with_decommits(plan: Plan, decommits: tuple[Decommit, ...]) -> Plan:
+    return replace(plan, placement=replace(plan.placement, decommits=decommits))
+
+
 LIES: list[tuple[Callable[[Plan], Plan], str]] = [
     (without_last_step, "schedule does not hold|report"), (without_a_run, "schedule does not hold"), (under_a_smaller_budget, "over-budget"),
     (with_smaller_peak, "peak_bytes"), (with_larger_storage, "storage "), (with_other_time, "report.time_us"),
     (with_other_keep_all, "keep_all_bytes"),
     (with_all_at_zero, "share bytes"), (with_unaligned_offset, "not aligned"), (with_offset_of_nothing, "not made there"),
-    (with_smaller_arena, "outside of the arena"),
+    (with_smaller_arena, "outside of the arena"), (with_a_page_of_a_tensor, "given back while it lives"), (with_half_a_page, "no pages of the arena"),
 ]  # fmt: skip
 
 
@@ -152,6 +171,14 @@ def test_check_finds_every_lie(lie: Callable[[Plan], Plan], said: str, tmp_path:
     save_artifacts(tmp_path, step.graph, lie(step.plan), step.code)
     with pytest.raises(GraphError, match=said):
         check_artifacts(tmp_path)
+
+
+def test_check_counts_pages_that_stay() -> None:
+    """A plan that gives pages back and one that says it needn't do not have the same peak."""
+    step = tight(True)
+    assert step.plan.placement.decommits
+    with pytest.raises(GraphError, match="peak_bytes"):
+        list(check_plan(step.graph, without_decommits(step.plan), step.code))
 
 
 def test_check_names_the_two_that_overlap(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 from mebp_compile.finetune import Settings
 from mebp_compile.measure.malloc_meter import library_path, preload_environment
+from mebp_compile.measure.process import small_heap
 from mebp_compile.progress import Progress
 
 Json = dict[str, Any]
@@ -126,6 +127,8 @@ class _Runner:
 
     def __init__(self, contestant: Contestant, text: Path) -> None:
         environment = {**os.environ, **OFFLINE, **(preload_environment() if library_path() is not None else {})}
+        if contestant.kind.partition(":")[0] in ("ours", "schedule"):
+            environment |= small_heap(environment)  # as the command `mebp` does
         self.process = subprocess.Popen(
             [sys.executable, "-m", "mebp_compile.bench.serve"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from mebp_compile.measure.accelerator import Accelerator
 from mebp_compile.measure.process import set_malloc_thresholds
 from mebp_compile.measure.transfer import DiskThread
 from mebp_compile.runtime.activations import ActivationStore
+from mebp_compile.runtime.arena import PagedArena
 from mebp_compile.runtime.binding import Binding
 from mebp_compile.runtime.engine import Engine
 from mebp_compile.runtime.home_store import Room
@@ -46,11 +48,14 @@ def assemble(
     elif binding.tight:
         set_malloc_thresholds(binding.mapped_bytes, binding.mapped_bytes)
     thread = DiskThread() if homes is None else homes.thread
-    weights = _weights(binding, store, names or {}, thread, accelerator) if store is not None else None
+    pages = PagedArena(binding.arena_bytes) if accelerator is None else None
+    if pages is not None and (binding.tight or process_bytes is not None):
+        pages.keep_pages_small()
+    weights = _weights(binding, store, names or {}, thread, accelerator, pages) if store is not None else None
     own = _homes(binding, homes) if homes is not None else None
     kind = Engine if process_bytes is None else PressedEngine
     slots = _slots(binding, accelerator or folder, thread)
-    engine = kind(live, binding.sources, binding.arena_bytes, slots, weights, own, binding.random, accelerator)
+    engine = kind(live, binding.sources, pages or binding.arena_bytes, slots, weights, own, binding.random, accelerator)
     if isinstance(engine, PressedEngine) and process_bytes is not None:
         engine.pressure = Pressure(process_bytes - binding.spike_bytes - SLACK_BYTES, binding.loop_bytes)
     return engine
@@ -62,12 +67,21 @@ def _homes(binding: Binding, homes: StateHomes) -> ProgramHomes:
 
 
 def _weights(
-    binding: Binding, store: WeightStore, names: Mapping[str, str], thread: DiskThread, accelerator: Accelerator | None
+    binding: Binding,
+    store: WeightStore,
+    names: Mapping[str, str],
+    thread: DiskThread,
+    accelerator: Accelerator | None,
+    pages: PagedArena | None,
 ) -> WeightStream:
     """The stream of every packed weight of the program, and of tables that are only looked up."""
     weights = {name: (names[source], getattr(torch, dtype)) for name, (source, dtype) in binding.weights.items()}
     kept, fetched = frozenset(binding.kept_records), frozenset(binding.fetched_records)
-    return WeightStream(store, weights, binding.records, kept, fetched, thread, accelerator)
+    places = {}
+    for name, offset in binding.record_places.items() if pages is not None else ():
+        length = store.entry(weights[binding.records[name]][0]).length
+        places[name] = functools.partial(pages.view, offset, length, torch.uint8)
+    return WeightStream(store, weights, binding.records, kept, fetched, thread, accelerator, places)
 
 
 def _slots(binding: Binding, place: Path | Accelerator | None, thread: DiskThread) -> SlotStore | None:

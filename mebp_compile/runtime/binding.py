@@ -17,7 +17,7 @@ class Binding:
     away, resident: name -> source of what lies on disk between steps, or in memory but may leave it in mid-step; rooms: by source, bytes on
     disk and copies of them. restorable: all that the step writes lies on disk.
     weights: streamed weight -> (source of the parameter, dtype); records: packed storage -> weight; kept_records: those at home in
-    memory; fetched_records: those that the schedule reads whole.
+    memory; record_places: where in the arena some of those lie; fetched_records: those that the schedule reads whole.
     slots: name -> (offset, bytes) in the step's scratch file of `scratch_bytes`. written: sources that the step changes. random: whether it
     draws random numbers. tight: whether malloc is to give memory back at once, blocks of `mapped_bytes` on. spike_bytes,
     loop_bytes: the most that one step of the schedule takes from the allocator, other than a Loop over rows or columns of a streamed weight;
@@ -37,6 +37,7 @@ class Binding:
     weights: dict[str, tuple[str, str]]
     records: dict[str, str]
     kept_records: tuple[str, ...]
+    record_places: dict[str, int]
     fetched_records: tuple[str, ...]
     slots: dict[str, tuple[int, int]]
     scratch_bytes: int

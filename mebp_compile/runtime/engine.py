@@ -1,8 +1,8 @@
 """The verbs that generated code may call. One engine serves one program.
 
-Memory: `at` gives views of one arena, `new` asks the allocator. Persistent tensors come through `state`. Transfers go through one disk thread, or
-on an accelerator through its copy streams: `offload` and `prefetch` start one, `wait` completes it. Random draws that run again are replayed
-from the generator's saved state.
+Memory: `at` gives views of one arena, `decommit` gives pages of it back, `new` asks the allocator. Persistent tensors come through `state`.
+Transfers go through one disk thread, or on an accelerator through its copy streams: `offload` and `prefetch` start one, `wait` completes it.
+Random draws that run again are replayed from the generator's saved state.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from mebp_compile.kernels import cross_entropy, product
 from mebp_compile.lower.cuts import block_rows, thread_tiles, tile_size, tiles_of
 from mebp_compile.measure.accelerator import Accelerator
 from mebp_compile.quant import dequantise_columns, dequantise_into, dequantise_rows
+from mebp_compile.runtime.arena import PagedArena
 from mebp_compile.runtime.homes import ProgramHomes
 from mebp_compile.runtime.slots import SlotStore
 from mebp_compile.runtime.state import Getter, Live
 from mebp_compile.runtime.streams import WeightStream
 from mebp_compile.runtime.tables import parent_of
-
-ARENA_ALIGN = 64
 
 RandomState = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -38,14 +37,14 @@ class Engine:
         self,
         live: Live,
         sources: Mapping[str, str],
-        arena_bytes: int,
+        arena: PagedArena | int,
         activations: SlotStore | None = None,
         weights: WeightStream | None = None,
         homes: ProgramHomes | None = None,
         random: bool = False,
         accelerator: Accelerator | None = None,
     ) -> None:
-        """random: the program draws random numbers. accelerator: where it runs, if not on the CPU."""
+        """arena: or its size. random: the program draws random numbers. accelerator: where it runs, if not on the CPU."""
         self.live = live
         blocks = {name: source for name, source in sources.items() if "#" in source}
         self.getters: dict[str, Getter] = {name: live.getter(source) for name, source in sources.items() if name not in blocks}
@@ -54,12 +53,14 @@ class Engine:
         self.tables = {name.rpartition("_rows_")[0]: parent_of(source) for name, source in blocks.items()}
         self.accelerator = accelerator
         self.device = torch.device("cpu") if accelerator is None else accelerator.device
-        self.arena = _arena(arena_bytes) if accelerator is None else accelerator.empty(arena_bytes)
+        self.pages = None if accelerator is not None else PagedArena(arena) if isinstance(arena, int) else arena
+        self.arena = accelerator.empty(arena) if accelerator is not None and isinstance(arena, int) else self.pages.bytes
         self.activations = activations
         self.weights = weights
         self.homes = homes
         self.committed = False
-        self.on_view: Callable[[torch.Tensor], None] | None = None  # a meter that is told of every view of the arena
+        self._on_view: Callable[[torch.Tensor], None] | None = None
+        self._on_decommit: Callable[[int, int], None] | None = None
         self._views: dict[tuple[Any, ...], torch.Tensor] = {}
         self._reading: dict[str, torch.Tensor] = {}
         self._rng: dict[str, RandomState] = {}
@@ -144,7 +145,7 @@ class Engine:
     def at(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype, stride: tuple[int, ...] | None = None) -> torch.Tensor:
         """The tensor of this geometry at byte `offset` of the arena. Its bytes are whatever was there before."""
         key = (offset, shape, dtype, stride)
-        if self.on_view is not None:
+        if self._on_view is not None:
             return self._seen(self._view(*key))
         view = self._views.get(key)
         if view is None:
@@ -153,25 +154,43 @@ class Engine:
 
     def _seen(self, view: torch.Tensor) -> torch.Tensor:
         """A view that is not kept, so that the meter sees it die when the step lets go of it."""
-        assert self.on_view is not None
-        self.on_view(view)
+        assert self._on_view is not None
+        self._on_view(view)
         return view
 
     def _view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype, stride: tuple[int, ...] | None) -> torch.Tensor:
         count = 1
         for size in shape:
             count *= size
-        if self.accelerator is None:
-            flat = torch.frombuffer(memoryview(self.arena.numpy()), dtype=dtype, count=count, offset=offset)
+        if self.pages is not None:
+            flat = self.pages.view(offset, count, dtype)
         else:
             flat = self.arena[offset : offset + count * dtype.itemsize].view(dtype)
         return flat.view(shape) if stride is None else flat.as_strided(shape, stride)
+
+    def decommit(self, *ranges: tuple[int, int]) -> None:
+        """Pages of the arena, which nothing lives on, go back to the system: bytes [low, high) of each range."""
+        assert self.pages is not None
+        for low, high in ranges:
+            if self._on_decommit is not None:
+                self._on_decommit(low, high)
+            self.pages.decommit(low, high)
 
     def new(self, shape: tuple[int, ...], dtype: torch.dtype, stride: tuple[int, ...] | None = None) -> torch.Tensor:
         """An uninitialised tensor from the allocator."""
         if stride is None:
             return torch.empty(shape, dtype=dtype, device=self.device)
         return torch.empty_strided(shape, stride, dtype=dtype, device=self.device)
+
+    @contextlib.contextmanager
+    def observed(self, on_view: Callable[[torch.Tensor], None], on_decommit: Callable[[int, int], None] | None = None) -> Iterator[None]:
+        """Inside, a meter is told of every view of the arena, which nobody but the step holds, and of bytes of it that go."""
+        self._views.clear()
+        self._on_view, self._on_decommit = on_view, on_decommit
+        try:
+            yield
+        finally:
+            self._on_view = self._on_decommit = None
 
     # --- what exists before the step ---
 
@@ -349,10 +368,3 @@ class Engine:
             total.copy_(part)
         else:
             total.add_(part)
-
-
-def _arena(size_bytes: int) -> torch.Tensor:
-    """A block of bytes that starts on a cache line (its pages are touched when they are first used)."""
-    block = torch.empty(size_bytes + ARENA_ALIGN, dtype=torch.uint8)
-    start = -block.data_ptr() % ARENA_ALIGN
-    return block[start : start + size_bytes]

@@ -6,19 +6,21 @@ the meters disturb one another (the storage meter's own notes come from malloc),
 
 Both count as the budget does: what the program keeps in memory between steps (parameters, buffers, optimizer state, constants, the batch,
 resident packed weights, the arena) plus what the step adds. Gradients of the last step that this one throws away are dropped before the
-count.
+count. Of an arena that gives pages back in mid-step those count that its tensors have used and that were not given back since.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from mebp_compile.graph import PERSISTENT
 from mebp_compile.measure.meter import MallocMeter, PeakRss, StorageMeter
+from mebp_compile.overhead import PAGE_BYTES
 from mebp_compile.runtime.guards import batch_tensors
 from mebp_compile.runtime.program import Program
 
@@ -49,22 +51,68 @@ class ProcessReading:
 def meter_storages(program: Program, leaves: list[Any]) -> TensorReading:
     """Run one step and count its storages."""
     program.arrange()
-    with StorageMeter() as meter:
+    with StorageMeter() as meter, program.engine.observed(lambda view: meter.watch(view)):
         meter.watch(*kept_tensors(program, leaves))
         kept_bytes = meter.reset_peak()
-        program.engine.on_view = lambda view: meter.watch(view)
-        try:
-            result = program.run(leaves)
-        finally:
-            program.engine.on_view = None
+        result = program.run(leaves)
     return TensorReading(meter.peak_bytes, meter.peak_op, kept_bytes, result)
 
 
 def meter_process(program: Program, leaves: list[Any]) -> ProcessReading:
     """Run one step and measure malloc's peak and RssAnon's."""
     program.arrange()
-    kept_bytes = kept_storage_bytes(program, leaves) + program.engine.arena.nbytes
-    return meter_call(lambda: program.run(leaves), kept_bytes)
+    engine = program.engine
+    kept_bytes = storage_bytes(tensor for tensor in kept_tensors(program, leaves) if not _lies_in(engine.arena, tensor))
+    if engine.pages is None or not program.plan.placement.decommits:
+        return meter_call(lambda: program.run(leaves), kept_bytes + engine.arena.nbytes)
+    watch = _ArenaWatch(engine.arena)
+    with engine.observed(watch.take, watch.give):
+        reading = meter_call(lambda: program.run(leaves), kept_bytes)
+    begin_bytes, grown_bytes = watch.peak()
+    malloc_bytes = None if reading.malloc_bytes is None else kept_bytes + grown_bytes
+    return replace(reading, malloc_bytes=malloc_bytes, anon_bytes=reading.anon_bytes + begin_bytes)
+
+
+def _lies_in(arena: torch.Tensor, tensor: torch.Tensor) -> bool:
+    return 0 <= tensor.data_ptr() - arena.data_ptr() < arena.nbytes
+
+
+class _ArenaWatch:
+    """What malloc has handed out and the arena's pages in memory, together at their most. A view's pages count from when an op takes it until
+    they are given back; malloc counts at its peak since the look before."""
+
+    def __init__(self, arena: torch.Tensor) -> None:
+        self.arena = arena
+        self.malloc = MallocMeter() if MallocMeter.available() else None
+        self.before_bytes = self.malloc.reset_peak() if self.malloc else 0
+        self.events: list[tuple[int, bool, int, int]] = []  # malloc's growth up to then, whether pages are taken or given, and which
+
+    def take(self, view: torch.Tensor) -> None:
+        low = view.data_ptr() - self.arena.data_ptr()
+        self._note(True, low // PAGE_BYTES, -(-(low + view.untyped_storage().nbytes()) // PAGE_BYTES))
+
+    def give(self, low: int, high: int) -> None:
+        self._note(False, low // PAGE_BYTES, high // PAGE_BYTES)
+
+    def _note(self, taken: bool, first: int, last: int) -> None:
+        grown_bytes = self.malloc.peak_bytes - self.before_bytes if self.malloc else 0
+        self.events.append((grown_bytes, taken, first, last))
+        if self.malloc:
+            self.malloc.reset_peak()
+
+    def peak(self) -> tuple[int, int]:
+        """(bytes of the pages that a step finds, the peak), where the step before it was the same."""
+        self._note(False, 0, 0)
+        inside = np.zeros(-(-self.arena.nbytes // PAGE_BYTES), bool)
+        now = begin = most = 0
+        for _ in range(2):
+            begin, most = now, 0
+            for grown_bytes, taken, first, last in self.events:
+                most = max(most, grown_bytes + now * PAGE_BYTES)
+                part = inside[first:last]
+                now += int(part.size - part.sum()) if taken else -int(part.sum())
+                part[:] = taken
+        return begin * PAGE_BYTES, most
 
 
 def meter_call(call: Callable[[], Any], kept_bytes: int) -> ProcessReading:

@@ -58,9 +58,15 @@ def binding_of(graph: Graph, plan: Plan, offload: bool, host: bool = False) -> B
     changed = (graph.storages[index].source for index in sorted(written))
     return Binding(
         sources, batch_sources(graph), result_paths(graph), plan.placement.arena_bytes, plan.peak_bytes, plan.problem.budget_bytes,
-        away, resident, rooms, restorable, weights, records, tuple(kept), tuple(sorted(read & records.keys())), slots, scratch_bytes,
-        tuple(changed), any(op.rng for op in graph.ops), tight, mapped_bytes(plan.problem.budget_bytes), *_spikes(graph, plan),
+        away, resident, rooms, restorable, weights, records, tuple(kept), _record_places(graph, plan),
+        tuple(sorted(read & records.keys())), slots, scratch_bytes, tuple(changed),
+        any(op.rng for op in graph.ops), tight, mapped_bytes(plan.problem.budget_bytes), *_spikes(graph, plan),
     )  # fmt: skip
+
+
+def _record_places(graph: Graph, plan: Plan) -> dict[str, int]:
+    """Where in the arena those records lie when a step begins that leave it in mid-step."""
+    return {graph.storages[index].name: offset for (start, index), offset in sorted(plan.placement.offsets.items()) if start < 0}
 
 
 def batch_sources(graph: Graph) -> tuple[str, ...]:

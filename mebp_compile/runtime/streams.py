@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -22,8 +22,8 @@ from mebp_compile.runtime.weights import WeightStore
 
 class WeightStream:
     """Reads the weights of one program. `weights` maps the dense weight's name to its name in the store and its dtype;
-    `records` maps the packed storage's name to the dense weight's name; `resident` records stay in memory between steps; `fetched`
-    ones are read whole in a step."""
+    `records` maps the packed storage's name to the dense weight's name; `resident` records stay in memory between steps, those of
+    `places` there; `fetched` ones are read whole in a step."""
 
     def __init__(
         self,
@@ -34,12 +34,13 @@ class WeightStream:
         fetched: frozenset[str],
         thread: DiskThread,
         accelerator: Accelerator | None = None,
+        places: Mapping[str, Callable[[], torch.Tensor]] | None = None,
     ) -> None:
         self.device = torch.device("cpu") if accelerator is None else accelerator.device
         self.store, self.weights, self.records, self.thread = store, dict(weights), dict(records), thread
         self._pending: dict[str, Ticket] = {}
         self._tile: torch.Tensor | None = None
-        self.at_home = resident
+        self.at_home, self.places = resident, places or {}
         self.resident: dict[str, torch.Tensor] = {}
         self.host = self._in_host_memory(accelerator, fetched) if accelerator is not None else None
         self.arrange()
@@ -60,7 +61,10 @@ class WeightStream:
         return self.weights[self.records[record]][0]
 
     def _load(self, name: str) -> torch.Tensor:
-        buffer = torch.empty(self.store.entry(self._entry(name)).length, dtype=torch.uint8)
+        if name in self.places:
+            buffer = self.places[name]()
+        else:
+            buffer = torch.empty(self.store.entry(self._entry(name)).length, dtype=torch.uint8)
         self.store.read_into(self._entry(name), buffer)
         return buffer.to(self.device)
 

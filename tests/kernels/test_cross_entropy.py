@@ -276,14 +276,21 @@ def test_the_kernel_is_its_twin(dtype: torch.dtype, columns: int, cap: float, sm
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", LONG, ids=str)
 def test_what_is_not_a_number_is_not_hidden(dtype: torch.dtype, form: Form, rows: int) -> None:
-    """A NaN among a token's logits makes its loss and gradient NaN, as in torch, and no other token's."""
+    """A NaN among a token's logits makes its loss and gradient NaN, as in torch, and no other token's unless torch's own products do that."""
     x, weight, target = problem(dtype)
     x[3, 0] = torch.nan
     own, ours = plainly(x, weight, target, form), tiled(x, weight, target, form, rows)
     assert torch.isnan(own[0])
     assert torch.isnan(ours[0])
     assert torch.isnan(ours[1][3]).all()
-    assert torch.isfinite(ours[1][[0, 1, 2, *range(4, TOKENS)]]).all()
+    assert torch.isfinite(ours[1][[0, 1, 2, *range(4, TOKENS)]]).all() or spreads_a_nan(dtype)
+
+
+def spreads_a_nan(dtype: torch.dtype) -> bool:
+    """Whether a product of this machine makes one row's NaN that of the row before, whose padding it reads: oneDNN's with AMX and 500 columns."""
+    x = torch.ones(40, 500, dtype=dtype)
+    x[1] = torch.nan
+    return not bool(torch.isfinite((x @ torch.ones(500, 48, dtype=dtype))[0]).all())
 
 
 @pytest.mark.parametrize("cap", [0.5, 6.0, 30.0, 1e4])

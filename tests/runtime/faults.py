@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import faulthandler
+import functools
 import gc
 import os
 import signal
@@ -23,6 +24,7 @@ from unittest import mock
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mebp_compile.measure.transfer import Ticket
+from mebp_compile.runtime import arena
 
 READS, WRITES = ("preadv",), ("pwrite",)
 TRANSFERS = READS + WRITES  # what a step asks of the system
@@ -131,20 +133,36 @@ SHORTENED = {"preadv": _short_preadv, "pwrite": _short_pwrite, "pread": _short_p
 
 
 class Allocations(TorchDispatchMode):  # type: ignore[misc, no-untyped-call]
-    """Inside, ops of this thread that take memory from the allocator are counted in `count`; the N-th and, if `sticky`, those after it fail
-    as torch fails when there is no memory.
+    """Inside, ops of this thread that take memory from the allocator, and arenas that are mapped, are counted in `count`; the N-th and, if
+    `sticky`, those after it fail as torch or the system fails when there is no memory.
     """
 
     def __init__(self, at: int = 0, sticky: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.at, self.sticky, self.count = at, sticky, 0
+        self.mapping = mock.patch.object(arena, "_mapped", functools.partial(self._map, arena._mapped))
+
+    def __enter__(self) -> Any:
+        self.mapping.start()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.mapping.stop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if allocates(func):
-            self.count += 1
-            if self.count == self.at or (self.sticky and 0 < self.at < self.count):
-                raise RuntimeError(NO_MEMORY.format(1 << 40))
+        if allocates(func) and self._fails():
+            raise RuntimeError(NO_MEMORY.format(1 << 40))
         return func(*args, **(kwargs or {}))
+
+    def _map(self, mapped: Callable[[int], Any], size_bytes: int) -> Any:
+        if self._fails():
+            raise MemoryError(f"can't map {size_bytes} bytes")
+        return mapped(size_bytes)
+
+    def _fails(self) -> bool:
+        self.count += 1
+        return self.count == self.at or (self.sticky and 0 < self.at < self.count)
 
 
 def allocates(op: Any) -> bool:
