@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 import solvers
 from mebp_compile.graph import Graph
-from mebp_compile.overhead import PAGE_BYTES, allocated_bytes
+from mebp_compile.overhead import allocated_bytes
 from mebp_compile.pages import Decommit, Spans, decommits, resident
 from solvers import Free, Lifespan, Prefetch, Problem, Run, Schedule
 
@@ -89,7 +89,7 @@ def lives(graph: Graph, problem: Problem, schedule: Schedule) -> list[Life]:
 
 
 def returning(graph: Graph, schedule: Schedule) -> set[int]:
-    """Packed weights at home in memory that leave it in mid-step and come back: they have bytes of the arena to themselves."""
+    """Packed weights at home in memory that leave it in mid-step and come back: each has one place in the arena for all its lives."""
     freed = {step.storage for step in schedule.steps if isinstance(step, Free)} & schedule.resident
     return {index for index in freed if graph.storages[index].role == "weight"} if not graph.device else set()
 
@@ -100,27 +100,29 @@ def place_under(graph: Graph, problem: Problem, schedule: Schedule) -> Placement
     fixed = workspace_profile(problem, schedule) + problem.constant_bytes
     records = returning(graph, schedule)
     for smallest_bytes in SMALLEST_BYTES:
-        some = [life for life in every if life.fits_arena and life.size_bytes >= smallest_bytes and life.storage not in records]
+        some = [life for life in every if life.fits_arena and (life.size_bytes >= smallest_bytes or life.storage in records)]
         items = [Lifespan(life.storage, life.start, life.end, life.size_bytes, ALIGN) for life in some]
-        packed = solvers.place(items, enough_bytes=budget_bytes - int((fixed + _beside(every, some, steps)).max(initial=0)))
+        spare_bytes = budget_bytes - int((fixed + _beside(every, some, steps)).max(initial=0))
+        packed = solvers.place(items, enough_bytes=spare_bytes, fixed=_at_home(some, records))
         for share in SHARES:
             cap_bytes = int(share * packed.arena_bytes)
-            pairs = zip(some, packed.offsets, strict=True)
-            places = {(life.start, life.storage): low for life, low in pairs if low + life.size_bytes <= cap_bytes}
-            found = _held(every, places | _at_home(every, records, cap_bytes), fixed, budget_bytes, whole=bool(graph.device))
+            pairs = list(zip(some, packed.offsets, strict=True))
+            places = {(life.start, life.storage): low for life, low in pairs if low + life.size_bytes <= cap_bytes or life.storage in records}
+            found = _held(every, places, fixed, budget_bytes, whole=bool(graph.device))
             if found is not None:
                 return found
     return Placement({}, 0, int((fixed + _beside(every, [], steps)).max(initial=0)))
 
 
-def _at_home(every: Sequence[Life], records: Collection[int], low: int) -> dict[tuple[int, int], int]:
-    """Pages of its own for each record, above `low`: the same in all its lives."""
+def _at_home(some: Sequence[Life], records: Collection[int]) -> dict[int, int]:
+    """By the number of the life, an offset for each life of a record: the same in all of them, one record above the other."""
     places: dict[int, int] = {}
-    for life in every:
+    low = 0
+    for life in some:
         if life.storage in records and life.storage not in places:
-            places[life.storage] = -(-low // PAGE_BYTES) * PAGE_BYTES
-            low = places[life.storage] + life.size_bytes
-    return {(life.start, life.storage): places[life.storage] for life in every if life.storage in records}
+            places[life.storage] = low
+            low += -(-life.size_bytes // ALIGN) * ALIGN
+    return {number: places[life.storage] for number, life in enumerate(some) if life.storage in records}
 
 
 def _held(every: list[Life], offsets: dict[tuple[int, int], int], fixed: Ints, budget_bytes: int, whole: bool) -> Placement | None:

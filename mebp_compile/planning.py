@@ -207,12 +207,11 @@ def make_plan(
     placement = place_under(graph, problem, solution.schedule)
     if not solver and faults_us(graph, problem, solution.schedule, placement) > MANY_FAULTS * solution.report.time_us:
         solution, placement = _with_room(graph, problem, solution, placement, effort, time_limit_s, tell)
-    for hint in hints:
-        least_us = solution.report.time_us + faults_us(graph, problem, solution.schedule, placement)
-        if hint.time_us < least_us and hint.peak_bytes <= problem.budget_bytes and _holds(problem, hint.schedule):
-            report = solvers.replay(problem, hint.schedule)
-            gap = report.time_us / solution.bound_us - 1 if solution.bound_us else 0.0
-            solution, placement = replace(solution, schedule=hint.schedule, report=report, gap=gap, method="hint"), hint.placement
+    own_us = solution.report.time_us + faults_us(graph, problem, solution.schedule, placement)
+    faster = [hint for hint in hints if hint.time_us < own_us and hint.peak_bytes <= problem.budget_bytes and _holds(problem, hint.schedule)]
+    if faster:
+        best = min(faster, key=lambda hint: hint.time_us)
+        solution, placement = _instead(solution, problem, best.schedule, method="hint"), best.placement
     report = solvers.replay(problem, solution.schedule)
     if placement.peak_bytes > problem.budget_bytes:
         message = f"the placement needs {placement.peak_bytes:,} bytes, the budget is {problem.budget_bytes:,}"
@@ -291,8 +290,7 @@ def _with_room(
         fewer = faults_us(graph, problem, schedule, placed)
         if placed.peak_bytes <= problem.budget_bytes and report.time_us + fewer < best:
             best, faults, placement = report.time_us + fewer, fewer, placed
-            gap = report.time_us / solution.bound_us - 1 if solution.bound_us else 0.0
-            solution = replace(solution, schedule=schedule, report=report, gap=gap)
+            solution = _instead(solution, problem, schedule, solution.method)
         if faults <= MANY_FAULTS * best:
             break
     return solution, placement
@@ -310,6 +308,13 @@ def _solved(
             raise
         schedules = [hint.schedule for hint in hints]
         return solvers.solve(problem, effort=effort, time_limit_s=time_limit_s, hints=schedules, progress=tell)
+
+
+def _instead(solution: Solution, problem: Problem, schedule: Schedule, method: str) -> Solution:
+    """Another schedule, with the bound that is known."""
+    report = solvers.replay(problem, schedule)
+    gap = report.time_us / solution.bound_us - 1 if solution.bound_us else 0.0
+    return replace(solution, schedule=schedule, report=report, gap=gap, method=method)
 
 
 def _holds(problem: Problem, schedule: Schedule) -> bool:

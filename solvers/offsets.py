@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,11 +95,18 @@ def max_load_bytes(items: Sequence[Lifespan]) -> int:
     return most
 
 
-def place(items: Sequence[Lifespan], seed: int = 0, enough_bytes: int = 0, work: int = PACK_WORK) -> Placement:
+def place(
+    items: Sequence[Lifespan],
+    seed: int = 0,
+    enough_bytes: int = 0,
+    work: int = PACK_WORK,
+    fixed: Mapping[int, int] | None = None,
+) -> Placement:
     """Offsets for the lifespans in a small arena. Deterministic for one seed and `work`. The result is checked.
 
-    enough_bytes: an arena that need not be smaller. Raises OffsetError for a lifespan that ends before it starts or
-    isn't aligned to a power of two.
+    enough_bytes: an arena that need not be smaller. fixed: offsets that some items (by number) have already; the
+    others are then placed first-fit around them. Raises OffsetError for a lifespan that ends before it starts or isn't
+    aligned to a power of two, and for fixed ones that overlap.
     """
     _check_items(items)
     bound = max_load_bytes(items)
@@ -109,17 +116,19 @@ def place(items: Sequence[Lifespan], seed: int = 0, enough_bytes: int = 0, work:
     length = spans[:, 1] - spans[:, 0]
     keys = ((-length, -sizes), (-length, -sizes * length), (-sizes, spans[:, 0]))
     orders = [np.lexsort(key).tolist() for key in keys]
+    some = np.array(sorted(fixed or {}), dtype=np.intp)
+    lows = np.array([(fixed or {})[k] for k in some.tolist()], dtype=np.int64)
     best: tuple[int, NDArray[np.int64], list[int]] | None = None
     for order in orders:
-        offsets = _first_fit(order, items, sizes, spans)
+        offsets = _first_fit([k for k in order if k not in (fixed or {})], items, sizes, spans, (some, lows))
         arena = int((offsets + sizes).max(initial=0))
         if best is None or arena < best[0]:
             best = (arena, offsets, order)
         if arena <= enough:
             break
     assert best is not None
-    arena, offsets, _ = _search(best, items, sizes, spans, enough, seed)
-    if arena > enough and len({item.align for item in items}) == 1:
+    arena, offsets, _ = best if fixed else _search(best, items, sizes, spans, enough, seed)
+    if arena > enough and len({item.align for item in items}) == 1 and not fixed:
         arena, offsets, bound = _exact((arena, offsets, bound), items, sizes, spans, enough, work, seed)
     placement = Placement(tuple(offsets.tolist()), arena, bound)
     check_offsets(items, placement)

@@ -126,9 +126,8 @@ class _Runner:
     """A contestant's process, asked line by line."""
 
     def __init__(self, contestant: Contestant, text: Path) -> None:
-        environment = {**os.environ, **OFFLINE, **(preload_environment() if library_path() is not None else {})}
-        if contestant.kind.partition(":")[0] in ("ours", "schedule"):
-            environment |= small_heap(environment)  # as the command `mebp` does
+        meter = preload_environment() if library_path() is not None else {}
+        environment = {**os.environ, **OFFLINE, **small_heap(os.environ), **meter}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "mebp_compile.bench.serve"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,

@@ -24,6 +24,22 @@ def overlap(a: Lifespan, b: Lifespan, x: int, y: int) -> bool:
 
 
 @pytest.mark.parametrize("seed", range(20))
+def test_fixed_ones_stay_and_others_go_around_them(seed: int) -> None:
+    """Pair by pair again; a block that is away for a while leaves its bytes to others."""
+    items = spans(seed, 60)
+    alone = place(items[:10])
+    fixed = {k: offset + 640 for k, offset in enumerate(alone.offsets)}
+    placement = place(items, fixed=fixed)
+    assert list(placement.offsets[:10]) == list(fixed.values())
+    for k, a in enumerate(items):
+        assert not any(overlap(a, items[j], placement.offsets[k], placement.offsets[j]) for j in range(k))
+    back = [Lifespan(0, 0, 2, 640), Lifespan(0, 5, 9, 640), Lifespan(1, 2, 5, 640), Lifespan(2, 1, 3, 64)]
+    assert place(back, fixed={0: 0, 1: 0}).offsets == (0, 0, 0, 640)
+    with pytest.raises(OffsetError, match="overlap"):
+        place(items[:2] + [Lifespan(5, 0, 300, 9), Lifespan(6, 0, 300, 9)], fixed={2: 0, 3: 0})
+
+
+@pytest.mark.parametrize("seed", range(20))
 def test_no_two_lifespans_overlap(seed: int) -> None:
     """Checked pair by pair; offsets are aligned, inside the arena, and the arena isn't below the maximum load."""
     items = spans(seed, 60)
