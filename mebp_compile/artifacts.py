@@ -14,6 +14,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import solvers
 from mebp_compile import codegen
 from mebp_compile.config import format_bytes
@@ -21,7 +23,7 @@ from mebp_compile.errors import DiskError, GraphError, OptionError
 from mebp_compile.graph import PERSISTENT, Graph, from_json, to_json, verify
 from mebp_compile.overhead import PAGE_BYTES, charged_sizes, constant_overhead
 from mebp_compile.pages import Decommit
-from mebp_compile.place import ALIGN, Life, Placement, lives
+from mebp_compile.place import ALIGN, Life, Placement, lives, spans
 from mebp_compile.planning import Plan, faults_us, tensor_peak
 from mebp_compile.walk import walk
 from mebp_compile.whole_file import write_whole
@@ -151,10 +153,11 @@ def check_plan(graph: Graph, plan: Plan, code: str) -> Iterator[str]:
         f"schedule: {len(plan.schedule.steps):,} steps replay to a peak of {plan.report.peak_bytes:,} bytes and {plan.report.time_us:,} us, "
         f"within the budget of {plan.problem.budget_bytes:,} bytes"
     )
-    _check_offsets(graph, plan)
+    placed = _placed(graph, plan)
+    _check_offsets(graph, plan, placed)
     yield f"offsets: {len(plan.placement.offsets):,} tensors share {plan.placement.arena_bytes:,} bytes of arena without overlap"
     if plan.placement.decommits:
-        _check_decommits(graph, plan)
+        _check_decommits(graph, plan, placed)
         yield f"decommits: {len(plan.placement.decommits):,} times pages of the arena go back to the system, none that a tensor lies on"
     _check_footprint(graph, plan)
     yield f"peak: {plan.peak_bytes:,} bytes ({format_bytes(plan.peak_bytes)}) with arena and workspace, keep-all {plan.keep_all_bytes:,} bytes"
@@ -184,9 +187,8 @@ def _check_report(plan: Plan) -> None:
         _equal(f"report.{field.name}", getattr(report, field.name), getattr(plan.report, field.name))
 
 
-def _check_offsets(graph: Graph, plan: Plan) -> None:
+def _check_offsets(graph: Graph, plan: Plan, placed: Sequence[Life]) -> None:
     """Sweep over the schedule with the intervals that are in the arena now: a new one may not touch its neighbours."""
-    placed = _placed(graph, plan)
     events = sorted([(life.end, 0, life) for life in placed] + [(life.start, 1, life) for life in placed], key=lambda event: event[:2])
     now: list[tuple[int, int, int]] = []
     for _, begins, life in events:
@@ -203,17 +205,15 @@ def _check_offsets(graph: Graph, plan: Plan) -> None:
         insort(now, item)
 
 
-def _check_decommits(graph: Graph, plan: Plan) -> None:
+def _check_decommits(graph: Graph, plan: Plan, placed: Sequence[Life]) -> None:
     """Each is of pages of the arena, before a step that there is, and meets no life of that step."""
-    placed, steps, last = _placed(graph, plan), len(plan.schedule.steps), 0
+    life, steps, last = spans(placed, plan.placement.offsets), len(plan.schedule.steps), 0
     for step, low, high in plan.placement.decommits:
         if not (last <= step < steps and 0 <= low < high < plan.placement.arena_bytes + PAGE_BYTES and low % PAGE_BYTES == high % PAGE_BYTES == 0):
             raise GraphError(f"bytes {low} to {high} given back at step {step} are no pages of the arena, or out of order", AGAIN)
         last = step
-        for life in placed:
-            offset = plan.placement.offsets[life.start, life.storage]
-            if life.start <= step < life.end and offset < high and low < offset + life.size_bytes:
-                raise GraphError(f"at step {step} pages of {graph.storages[life.storage].name} are given back while it lives", AGAIN)
+        for number in np.flatnonzero((life.start <= step) & (step < life.end) & (life.low < high) & (low < life.high)).tolist():
+            raise GraphError(f"at step {step} pages of {graph.storages[placed[number].storage].name} are given back while it lives", AGAIN)
 
 
 def _placed(graph: Graph, plan: Plan) -> list[Life]:

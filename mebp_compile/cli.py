@@ -30,6 +30,7 @@ PEERS = (
     "eager", "checkpointing", "compile:0", "compile:0.25", "compile:0.5", "compile:0.75", "compile:1", "remat_by_tags", "schedule:per_layer",
     "schedule:mesp", "mezo", "bnb", "matmul",
 )  # fmt: skip
+RUN_STEPS = ("plan", "train", "run", "bench")  # the commands whose steps a small heap is for
 
 if TYPE_CHECKING:
     from mebp_compile.bench import Result
@@ -38,10 +39,11 @@ if TYPE_CHECKING:
 
 
 def command() -> int:
-    """`main`, in a process whose malloc keeps its heap small."""
-    from mebp_compile.measure.process import restart_with_small_heap
+    """`main`, where steps run in a process whose malloc keeps its heap small."""
+    if sys.argv[1:2] and sys.argv[1] in RUN_STEPS:
+        from mebp_compile.measure.process import restart_with_small_heap
 
-    restart_with_small_heap()
+        restart_with_small_heap()
     return main()
 
 

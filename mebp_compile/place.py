@@ -104,9 +104,9 @@ def place_under(graph: Graph, problem: Problem, schedule: Schedule) -> Placement
         items = [Lifespan(life.storage, life.start, life.end, life.size_bytes, ALIGN) for life in some]
         spare_bytes = budget_bytes - int((fixed + _beside(every, some, steps)).max(initial=0))
         packed = solvers.place(items, enough_bytes=spare_bytes, fixed=_at_home(some, records))
+        pairs = list(zip(some, packed.offsets, strict=True))
         for share in SHARES:
             cap_bytes = int(share * packed.arena_bytes)
-            pairs = list(zip(some, packed.offsets, strict=True))
             places = {(life.start, life.storage): low for life, low in pairs if low + life.size_bytes <= cap_bytes or life.storage in records}
             found = _held(every, places, fixed, budget_bytes, whole=bool(graph.device))
             if found is not None:

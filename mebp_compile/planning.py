@@ -6,7 +6,6 @@ the arena cost its whole size all the time, the others their bytes while they li
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -208,10 +207,10 @@ def make_plan(
     if not solver and faults_us(graph, problem, solution.schedule, placement) > MANY_FAULTS * solution.report.time_us:
         solution, placement = _with_room(graph, problem, solution, placement, effort, time_limit_s, tell)
     own_us = solution.report.time_us + faults_us(graph, problem, solution.schedule, placement)
-    faster = [hint for hint in hints if hint.time_us < own_us and hint.peak_bytes <= problem.budget_bytes and _holds(problem, hint.schedule)]
+    faster = [hint for hint in hints if hint.time_us < own_us and max(hint.peak_bytes, hint.report.peak_bytes) <= problem.budget_bytes]
     if faster:
         best = min(faster, key=lambda hint: hint.time_us)
-        solution, placement = _instead(solution, problem, best.schedule, method="hint"), best.placement
+        solution, placement = _instead(solution, best.schedule, best.report, method="hint"), best.placement
     report = solvers.replay(problem, solution.schedule)
     if placement.peak_bytes > problem.budget_bytes:
         message = f"the placement needs {placement.peak_bytes:,} bytes, the budget is {problem.budget_bytes:,}"
@@ -290,7 +289,7 @@ def _with_room(
         fewer = faults_us(graph, problem, schedule, placed)
         if placed.peak_bytes <= problem.budget_bytes and report.time_us + fewer < best:
             best, faults, placement = report.time_us + fewer, fewer, placed
-            solution = _instead(solution, problem, schedule, solution.method)
+            solution = _instead(solution, schedule, report, solution.method)
         if faults <= MANY_FAULTS * best:
             break
     return solution, placement
@@ -310,18 +309,10 @@ def _solved(
         return solvers.solve(problem, effort=effort, time_limit_s=time_limit_s, hints=schedules, progress=tell)
 
 
-def _instead(solution: Solution, problem: Problem, schedule: Schedule, method: str) -> Solution:
+def _instead(solution: Solution, schedule: Schedule, report: Report, method: str) -> Solution:
     """Another schedule, with the bound that is known."""
-    report = solvers.replay(problem, schedule)
     gap = report.time_us / solution.bound_us - 1 if solution.bound_us else 0.0
     return replace(solution, schedule=schedule, report=report, gap=gap, method=method)
-
-
-def _holds(problem: Problem, schedule: Schedule) -> bool:
-    with contextlib.suppress(solvers.ScheduleError):
-        solvers.replay(problem, schedule)
-        return True
-    return False
 
 
 def _refusal(graph: Graph, problem: Problem, error: solvers.Infeasible, advice: str) -> BudgetInfeasible:

@@ -15,6 +15,7 @@ import torch
 from law1 import in_one_block
 from planned import costs_by_bytes, roomy, tight
 
+from mebp_compile import cli
 from mebp_compile.artifacts import check_artifacts, load_artifacts, save_artifacts
 from mebp_compile.cli import main
 from mebp_compile.config import format_bytes
@@ -301,3 +302,16 @@ def test_all_parameters_can_be_trained(unmeasured: None, disk_folder: Path, tmp_
     fresh, _ = build_model(Settings(model="tiny-qwen2", budget="4MB", lora_rank=0))
     moved = [not torch.equal(a, b) for (_, a), (_, b) in zip(trained.named_parameters(), fresh.named_parameters(), strict=True)]
     assert sum(moved) > len(moved) // 2
+
+
+def test_only_what_runs_steps_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers of a saved plan start at once; each name in RUN_STEPS is a command."""
+    started = []
+    monkeypatch.setattr("mebp_compile.measure.process.restart_with_small_heap", lambda: started.append(sys.argv[1]))
+    monkeypatch.setattr(cli, "main", lambda: 0)
+    for name in ("explain", "check", "--help", *cli.RUN_STEPS):
+        monkeypatch.setattr(sys, "argv", ["mebp", name])
+        assert cli.command() == 0
+    assert started == ["plan", "train", "run", "bench"]
+    commands = next(action.choices for action in cli.parser()._actions if action.choices)
+    assert set(cli.RUN_STEPS) <= set(commands)

@@ -53,8 +53,8 @@ class Engine:
         self.tables = {name.rpartition("_rows_")[0]: parent_of(source) for name, source in blocks.items()}
         self.accelerator = accelerator
         self.device = torch.device("cpu") if accelerator is None else accelerator.device
-        self.pages = None if accelerator is not None else PagedArena(arena) if isinstance(arena, int) else arena
-        self.arena = accelerator.empty(arena) if accelerator is not None and isinstance(arena, int) else self.pages.bytes
+        self.pages = arena if isinstance(arena, PagedArena) else PagedArena(arena) if accelerator is None else None
+        self.arena = accelerator.empty(arena) if self.pages is None else self.pages.bytes
         self.activations = activations
         self.weights = weights
         self.homes = homes

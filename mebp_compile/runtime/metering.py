@@ -20,7 +20,7 @@ import torch
 
 from mebp_compile.graph import PERSISTENT
 from mebp_compile.measure.meter import MallocMeter, PeakRss, StorageMeter
-from mebp_compile.overhead import PAGE_BYTES
+from mebp_compile.pages import Decommit, Spans, resident
 from mebp_compile.runtime.guards import batch_tensors
 from mebp_compile.runtime.program import Program
 
@@ -61,8 +61,7 @@ def meter_storages(program: Program, leaves: list[Any]) -> TensorReading:
 def meter_process(program: Program, leaves: list[Any]) -> ProcessReading:
     """Run one step and measure malloc's peak and RssAnon's."""
     program.arrange()
-    engine = program.engine
-    kept_bytes = storage_bytes(tensor for tensor in kept_tensors(program, leaves) if not _lies_in(engine.arena, tensor))
+    engine, kept_bytes = program.engine, kept_storage_bytes(program, leaves)
     if engine.pages is None or not program.plan.placement.decommits:
         return meter_call(lambda: program.run(leaves), kept_bytes + engine.arena.nbytes)
     watch = _ArenaWatch(engine.arena)
@@ -73,10 +72,6 @@ def meter_process(program: Program, leaves: list[Any]) -> ProcessReading:
     return replace(reading, malloc_bytes=malloc_bytes, anon_bytes=reading.anon_bytes + begin_bytes)
 
 
-def _lies_in(arena: torch.Tensor, tensor: torch.Tensor) -> bool:
-    return 0 <= tensor.data_ptr() - arena.data_ptr() < arena.nbytes
-
-
 class _ArenaWatch:
     """What malloc has handed out and the arena's pages in memory, together at their most. A view's pages count from when an op takes it until
     they are given back; malloc counts at its peak since the look before."""
@@ -85,34 +80,30 @@ class _ArenaWatch:
         self.arena = arena
         self.malloc = MallocMeter() if MallocMeter.available() else None
         self.before_bytes = self.malloc.reset_peak() if self.malloc else 0
-        self.events: list[tuple[int, bool, int, int]] = []  # malloc's growth up to then, whether pages are taken or given, and which
+        self.grown: list[int] = []  # malloc's growth up to each event
+        self.taken: list[tuple[int, int, int, int]] = []  # rows of Spans whose steps are events
+        self.given: list[Decommit] = []
 
     def take(self, view: torch.Tensor) -> None:
-        low = view.data_ptr() - self.arena.data_ptr()
-        self._note(True, low // PAGE_BYTES, -(-(low + view.untyped_storage().nbytes()) // PAGE_BYTES))
+        low, number = view.data_ptr() - self.arena.data_ptr(), len(self.grown)
+        self.taken.append((number, number + 1, low, low + view.untyped_storage().nbytes()))
+        self._look()
 
     def give(self, low: int, high: int) -> None:
-        self._note(False, low // PAGE_BYTES, high // PAGE_BYTES)
+        self.given.append(Decommit(len(self.grown), low, high))
+        self._look()
 
-    def _note(self, taken: bool, first: int, last: int) -> None:
-        grown_bytes = self.malloc.peak_bytes - self.before_bytes if self.malloc else 0
-        self.events.append((grown_bytes, taken, first, last))
+    def _look(self) -> None:
+        self.grown.append(self.malloc.peak_bytes - self.before_bytes if self.malloc else 0)
         if self.malloc:
             self.malloc.reset_peak()
 
     def peak(self) -> tuple[int, int]:
         """(bytes of the pages that a step finds, the peak), where the step before it was the same."""
-        self._note(False, 0, 0)
-        inside = np.zeros(-(-self.arena.nbytes // PAGE_BYTES), bool)
-        now = begin = most = 0
-        for _ in range(2):
-            begin, most = now, 0
-            for grown_bytes, taken, first, last in self.events:
-                most = max(most, grown_bytes + now * PAGE_BYTES)
-                part = inside[first:last]
-                now += int(part.size - part.sum()) if taken else -int(part.sum())
-                part[:] = taken
-        return begin * PAGE_BYTES, most
+        self._look()
+        spans = Spans(*np.array(self.taken, np.int64).reshape(-1, 4).T)
+        after = resident(spans, self.given, len(self.grown))
+        return int(after[-1]), int((np.array(self.grown) + np.roll(after, 1)).max())
 
 
 def meter_call(call: Callable[[], Any], kept_bytes: int) -> ProcessReading:
@@ -139,8 +130,9 @@ def kept_tensors(program: Program, leaves: list[Any]) -> Iterator[torch.Tensor]:
 
 
 def kept_storage_bytes(program: Program, leaves: list[Any]) -> int:
-    """Bytes of the storages of `kept_tensors`, each once."""
-    return storage_bytes(kept_tensors(program, leaves))
+    """Bytes of the storages of `kept_tensors` that lie outside of the arena, each once."""
+    arena = program.engine.arena
+    return storage_bytes(tensor for tensor in kept_tensors(program, leaves) if not 0 <= tensor.data_ptr() - arena.data_ptr() < arena.nbytes)
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
