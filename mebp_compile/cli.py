@@ -28,7 +28,7 @@ from mebp_compile.progress import Progress
 
 PEERS = (
     "eager", "checkpointing", "compile:0", "compile:0.25", "compile:0.5", "compile:0.75", "compile:1", "remat_by_tags", "schedule:per_layer",
-    "schedule:mesp", "mezo", "bnb", "matmul",
+    "schedule:mebp", "schedule:mesp", "mezo", "bnb", "matmul",
 )  # fmt: skip
 RUN_STEPS = ("plan", "train", "run", "bench")  # the commands whose steps a small heap is for
 

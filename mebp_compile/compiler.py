@@ -69,7 +69,7 @@ def optimize(
     captured at the first call, or now if `example` gives a batch. `weights` names a scheme for the frozen weights ("int4", "nf4", "int8"), or is
     a WeightStore that has them; `offload` is a folder on a disk for activations and state; on an accelerator it is "host", the memory that
     `Budget(device=..., host=...)` bounds. `numerics` is the tier that passes may use: "reassociate" allows the tiled loss. `solver` names a fixed
-    schedule to compare with ("keep_all", "per_layer", "mesp", "recompute_all"). `progress` is told what is going on. With
+    schedule to compare with ("keep_all", "per_layer", "mebp", "mesp", "recompute_all"). `progress` is told what is going on. With
     `Budget(..., scope="process")` the step is planned for a lean process: `save` it, and run it with `load_lean` or `mebp run`.
     Raises BudgetError, OptionError, CaptureError, StoreError, and BudgetInfeasible with the smallest budget found.
     """

@@ -12,7 +12,7 @@ from mebp_compile.errors import BudgetError, OptionError
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 TIERS = ("exact", "reassociate", "approximate")
-SOLVERS = ("keep_all", "per_layer", "mesp", "recompute_all")  # fixed schedules to compare with; None searches
+SOLVERS = ("keep_all", "per_layer", "mebp", "mesp", "recompute_all")  # fixed schedules to compare with; None searches
 SCHEMES = ("int4", "nf4", "int8")
 BUDGET_FIX = 'give bytes or a string such as "256MB" (10^6) or "1GiB" (2^30)'
 

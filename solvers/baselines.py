@@ -37,6 +37,12 @@ def per_layer(problem: Problem) -> Schedule:
     return one_by_one(problem, "per_layer")
 
 
+def mebp(problem: Problem) -> Schedule:
+    """As `per_layer`, and what lies outside of layers runs whole, as the released code does it: the loss from all logits at once, on the whole head.
+    (`per_layer` runs it in tiles where that is fastest, which takes a third of the memory.)"""
+    return one_by_one(problem, "mebp")
+
+
 def mesp(problem: Problem) -> Schedule:
     """As `per_layer`, and of a layer that is run again only what its structured backward keeps stays in memory (memory-efficient
     structured backpropagation, arXiv 2602.13069, read in its released code).
@@ -82,13 +88,17 @@ def _per_layer(tables: Tables) -> State:
     return cut(tables, dict.fromkeys(interior(tables.problem), (border_of(tables.problem),)), stream=True)
 
 
+def _mebp(tables: Tables) -> State:
+    return cut(tables, dict.fromkeys(interior(tables.problem), (border_of(tables.problem),)), stream=True, outside=_whole_ways)
+
+
 def _mesp(tables: Tables) -> State:
     problem, border = tables.problem, border_of(tables.problem)
     cuts = {storage: {border} for storage in interior(problem)}
     for storage, position in _structured_uses(problem):
         if storage in cuts:
             cuts[storage].add(position)
-    return cut(tables, {storage: sorted(positions) for storage, positions in cuts.items()}, stream=True, packed_head=True)
+    return cut(tables, {storage: sorted(positions) for storage, positions in cuts.items()}, stream=True, outside=_packed_ways)
 
 
 def _sqrt_n(tables: Tables) -> State:
@@ -105,7 +115,7 @@ def _recompute_all(tables: Tables) -> State:
 
 
 SCHEMES: dict[str, Callable[[Tables], State]] = {
-    "keep_all": _keep_all, "per_layer": _per_layer, "mesp": _mesp, "sqrt_n": _sqrt_n, "recompute_all": _recompute_all,
+    "keep_all": _keep_all, "per_layer": _per_layer, "mebp": _mebp, "mesp": _mesp, "sqrt_n": _sqrt_n, "recompute_all": _recompute_all,
 }  # fmt: skip
 
 
@@ -182,6 +192,14 @@ def _stored(problem: Problem) -> set[int]:
     return stored
 
 
+Ways = Callable[[Problem, list[int]], list[int]]  # from the choice of each op to another
+
+
+def _whole_ways(problem: Problem, choice: list[int]) -> list[int]:
+    """The choice of each op; outside of layers the first, which is the whole op."""
+    return [way if layer_of(op.module) else 0 for op, way in zip(problem.ops, choice, strict=True)]
+
+
 def _packed_ways(problem: Problem, choice: list[int]) -> list[int]:
     """The choice of each op; outside of layers the fastest that reads no weight which an optional op dequantises, where there is one."""
     dense = {s for op in problem.ops if op.optional for s in op.creates}
@@ -193,14 +211,14 @@ def _packed_ways(problem: Problem, choice: list[int]) -> list[int]:
     return result
 
 
-def cut(tables: Tables, cuts: Mapping[int, Sequence[int]], stream: bool = False, packed_head: bool = False) -> State:
+def cut(tables: Tables, cuts: Mapping[int, Sequence[int]], stream: bool = False, outside: Ways | None = None) -> State:
     """Cut each storage at its positions, except those storages that turn out not to be recomputable. stream: what no op
-    writes has its home on disk and is read at each of the two uses. packed_head: see `_packed_ways`."""
+    writes has its home on disk and is read at each of the two uses, and each op runs in its fastest way, outside of layers in those of `outside`."""
     problem, border, left = tables.problem, border_of(tables.problem), dict(cuts)
     choice, frozen = [0] * len(problem.ops), set[int]()
     if stream:
         fastest = first_decisions(tables).choice
-        choice = _packed_ways(problem, fastest) if packed_head else fastest
+        choice = outside(problem, fastest) if outside else fastest
         frozen = {s for s, may in enumerate(tables.may_leave) if may and s not in tables.written}
     while True:
         made = {storage: list(positions) for storage, positions in left.items()}

@@ -66,7 +66,8 @@ def prepare(kind: str, settings: finetune.Settings) -> Runner:
     if name == "matmul":
         return _matmul(settings)
     if name not in PEERS:
-        raise OptionError(f"no contestant is called {kind!r}", f"use ours, schedule:per_layer, schedule:mesp, or one of {', '.join(PEERS)}")
+        known = ("ours", "schedule:per_layer", "schedule:mebp", "schedule:mesp", *PEERS)
+        raise OptionError(f"no contestant is called {kind!r}", f"use one of {', '.join(known)}")
     if name == "bnb":
         nf4.require_bitsandbytes()
     runner = PEERS[name](_dense(settings), detail, settings)

@@ -6,6 +6,7 @@ from mebp_compile.quant.dequantise import (
     dequantise_into,
     dequantise_rows,
     embedding_rows,
+    tile_makers,
 )
 from mebp_compile.quant.layout import FORMATS, PLAIN, choose_scheme
 from mebp_compile.quant.scheme import Packed, Scheme
@@ -24,4 +25,5 @@ __all__ = [
     "dequantise_rows",
     "embedding_rows",
     "scheme_named",
+    "tile_makers",
 ]

@@ -8,7 +8,8 @@ bf16 or fp32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +57,25 @@ def dequantise_columns(packed: Packed, c0: int, c1: int, out: Tensor) -> Tensor:
     scales = packed.scales[:, c0 // scheme.group : c1 // scheme.group] if scheme.group else packed.scales
     _run(scheme, codes, scales, out)
     return out
+
+
+def tile_makers(packed: Packed, tiles: Sequence[slice], by_rows: bool, out: Tensor) -> list[Callable[[], object]]:
+    """For each tile, rows or (on multiples of the scheme's group) columns of the matrix view, a call that makes it at the start of `out`, contiguous.
+
+    `out` is flat, bf16 or fp32, and holds the largest tile; the caller keeps it and `packed` alive. All that is Python's is done here: where two
+    threads make tiles at once, each of a few microseconds, they would wait for each other's turn at the interpreter.
+    """
+    rows, columns = packed.codes.shape[0], packed.shape[-1]
+    limit, multiple = (rows, 1) if by_rows else (columns, scheme_named(packed.scheme).format.column_multiple)
+    for tile in tiles:
+        _check_range("row" if by_rows else "column", tile.start, tile.stop, limit, multiple)
+    sizes = [(tile.stop - tile.start) * (columns if by_rows else rows) for tile in tiles]
+    _check_out(out[: max(sizes)], (max(sizes),), packed.codes)
+    if _use_native(packed.codes):
+        return [*native.tile_calls(scheme_named(packed.scheme), packed.codes, packed.scales, tiles, by_rows, columns, out)]
+    make = dequantise_rows if by_rows else dequantise_columns
+    views = [out[:size].view((-1, columns) if by_rows else (rows, -1)) for size in sizes]
+    return [functools.partial(make, packed, tile.start, tile.stop, view) for tile, view in zip(tiles, views, strict=True)]
 
 
 def embedding_rows(packed: Packed, ids: Tensor, out: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ PATHS = {"auto": 0, "scalar": 1, "avx2": 2, "avx512": 3, "neon": 4}
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 _ROWS: list[Any] = [_POINTER, _INT, _POINTER, _INT, _POINTER, _INT, _POINTER, _INT, _INT, _INT]
 _ERROR_PATH, _ERROR_ROW = -1, -2
+Call = Callable[[], int]
 
 
 @functools.cache
@@ -62,22 +64,47 @@ def dequantise_matrix(
     inside a row they must be dense. All on the CPU. Raises OptionError for a path that this processor lacks or an id
     outside the table.
     """
-    lib = library()
-    if lib is None:
+    if library() is None:
         raise OptionError(
             "the dequantise kernels were not built", fix="install a C compiler and reinstall, or use the torch path"
         )
-    rows = (
+    call = _kernel(
+        scheme,
         codes.data_ptr(), codes.stride(0), scales.data_ptr(), scales.stride(0) * scales.element_size(),
         out.data_ptr(), out.stride(0) * out.element_size(), ids.data_ptr() if ids is not None else None,
-        out.shape[0], codes.shape[0],
+        out.shape[0], codes.shape[0], out.shape[1], out.dtype, path,
     )  # fmt: skip
-    fp32 = int(out.dtype == torch.float32)
+    _check_status(call(), path)
+
+
+def tile_calls(scheme: Scheme, codes: Tensor, scales: Tensor, tiles: Sequence[slice], by_rows: bool, columns: int, out: Tensor) -> list[Call]:
+    """For each tile, rows or columns, a call that makes it at the start of `out`; see `dequantise.tile_makers`. columns: of the dense matrix."""
+    code_bytes, scale_bytes = codes.stride(0), scales.stride(0) * scales.element_size()
+    table, calls = codes.shape[0], list[Call]()
+    for tile in tiles:
+        first, length = tile.start, tile.stop - tile.start
+        if by_rows:
+            rows, width = length, columns
+            code, scale = first * code_bytes, first * scale_bytes
+        else:
+            rows, width = table, length
+            code, scale = first * scheme.bits // 8, first // scheme.group * scales.element_size() if scheme.group else 0
+        calls.append(_kernel(
+            scheme, codes.data_ptr() + code, code_bytes, scales.data_ptr() + scale, scale_bytes,
+            out.data_ptr(), width * out.element_size(), None, rows, rows, width, out.dtype, "auto",
+        ))  # fmt: skip
+    return calls
+
+
+def _kernel(scheme: Scheme, *arguments: Any) -> Call:
+    """The call of the scheme's kernel: codes, bytes of a row, scales, bytes of a row, out, bytes of a row, ids, rows, rows of the table, columns,
+    dtype, path."""
+    *rows, columns, dtype, path = arguments
+    lib, fp32 = library(), int(dtype == torch.float32)
+    assert lib is not None
     if scheme.levels:
-        status = lib.mebp_dequantise_table(*rows, out.shape[1] // 64, _level_array(scheme.levels), fp32, PATHS[path])
-    else:
-        status = lib.mebp_dequantise_int8(*rows, out.shape[1], fp32, PATHS[path])
-    _check_status(status, path)
+        return functools.partial(lib.mebp_dequantise_table, *rows, columns // 64, _level_array(scheme.levels), fp32, PATHS[path])
+    return functools.partial(lib.mebp_dequantise_int8, *rows, columns, fp32, PATHS[path])
 
 
 def _check_status(status: int, path: str) -> None:

@@ -16,10 +16,11 @@ import torch
 
 from mebp_compile import openmp
 from mebp_compile.errors import MebpError
-from mebp_compile.kernels import cross_entropy, product
-from mebp_compile.lower.cuts import block_rows, thread_tiles, tile_size, tiles_of
+from mebp_compile.kernels import cross_entropy
+from mebp_compile.lower.cuts import block_rows, tile_size, tiles_of
 from mebp_compile.measure.accelerator import Accelerator
 from mebp_compile.quant import dequantise_columns, dequantise_into, dequantise_rows
+from mebp_compile.runtime import packed_product
 from mebp_compile.runtime.arena import PagedArena
 from mebp_compile.runtime.homes import ProgramHomes
 from mebp_compile.runtime.slots import SlotStore
@@ -315,30 +316,10 @@ class Engine:
         widened: bool = False,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x times a weight whose record is in memory, or times its transpose: the weight is made in tiles, as wide as a `trips`-th of it, one at a
-        time, or on two threads one of half that width on each (openmp.py). widened: by kernels/product.py."""
+        """x times a weight whose record is in memory, or times its transpose, which is made in tiles; see packed_product.py."""
         assert self.weights is not None
-        record, multiply = self.weights.packed(name, packed), product.mm_out if widened else torch.mm
-        inner, width = (record.shape[1], record.shape[0]) if transposed else record.shape
-        result = x.new_empty(x.shape[0], width) if out is None else out
-
-        shares = thread_tiles(width, trips, openmp.threads() if self.accelerator is None else 1)
-        size = max(tiles[0].stop - tiles[0].start for tiles in shares) * (inner + x.shape[0])
-        scratch = x.new_empty(len(shares), size)  # in one block: malloc's holes are fewer
-
-        def work(tiles: list[slice], memory: torch.Tensor) -> None:
-            for tile in tiles:
-                columns = tile.stop - tile.start
-                dense, part = memory[: columns * inner], memory[memory.numel() - columns * x.shape[0] :].view(-1, columns)
-                if transposed:
-                    matrix = dequantise_rows(record, tile.start, tile.stop, dense.view(columns, inner)).t()
-                else:
-                    matrix = dequantise_columns(record, tile.start, tile.stop, dense.view(inner, columns))
-                multiply(x, matrix, out=part)
-                result[:, tile] = part
-
-        openmp.together([functools.partial(work, *each) for each in zip(shares, scratch, strict=True)])
-        return result
+        threads = openmp.threads() if self.accelerator is None else 1
+        return packed_product.multiply(x, self.weights.packed(name, packed), transposed, trips, widened, out, threads)
 
     # --- the tiled loss ---
 

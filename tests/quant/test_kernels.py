@@ -21,6 +21,7 @@ from mebp_compile.quant import (
     embedding_rows,
     native,
     reference,
+    tile_makers,
 )
 from mebp_compile.quant.native import available_paths
 
@@ -121,6 +122,38 @@ def test_slices_equal_the_whole(
     ):
         out = torch.full((ids.numel(), 320), SENTINEL, dtype=dtype)
         assert np.array_equal(bits_of(embedding_rows(packed, ids, out)), whole[ids.flatten().long().numpy()])
+
+
+@pytest.mark.parametrize("without_library", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_tiles_made_later_equal_slices_of_the_whole(
+    name: str, dtype: torch.dtype, without_library: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls prepared for tiles of rows and of columns, made in any order over one memory, and nothing beyond the tile is touched."""
+    packed = random_packed(name, 11, 320, seed=4)
+    whole = bits_of(dequantise(packed, dtype))
+    if without_library:
+        monkeypatch.setattr(native, "library", lambda: None)
+    for by_rows, tiles in ((True, [slice(0, 4), slice(4, 8), slice(8, 11)]), (False, [slice(0, 128), slice(128, 256), slice(256, 320)])):
+        out = torch.empty(11 * 320, dtype=dtype)
+        for tile, make in reversed(list(zip(tiles, tile_makers(packed, tiles, by_rows, out), strict=True))):
+            out.fill_(SENTINEL)
+            make()
+            expected = whole[tile] if by_rows else whole[:, tile]
+            assert np.array_equal(bits_of(out[: expected.size]).reshape(expected.shape), expected)
+            assert bool((out[expected.size :] == SENTINEL).all())
+
+
+def test_tiles_off_the_grid_and_small_outputs_are_refused() -> None:
+    """Before any call is made."""
+    packed = random_packed("int4", 4, 128)
+    with pytest.raises(OptionError, match="multiples of 64"):
+        tile_makers(packed, [slice(32, 96)], False, torch.empty(512))
+    with pytest.raises(OptionError, match="row range"):
+        tile_makers(packed, [slice(0, 5)], True, torch.empty(1024))
+    with pytest.raises(OptionError, match="out must be contiguous"):
+        tile_makers(packed, [slice(0, 4)], True, torch.empty(511))
 
 
 def test_int8_takes_any_column_range() -> None:
