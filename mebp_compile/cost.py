@@ -6,6 +6,7 @@ named after everything that a time depends on. The same child checks which tilin
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -253,15 +254,21 @@ def fingerprint(device: str = "") -> Json:
         "threads": torch.get_num_threads(),
         "waiting": os.environ.get("OMP_WAIT_POLICY", ""),
         "kernels": _kernels(),
-        "format": 7,
+        "format": 8,
     }
     accelerator = accelerator_of(device)
     return own if accelerator is None else own | {"device": accelerator.name}
 
 
-def _kernels() -> list[bool]:
-    """Which of the C libraries are built: without one its ops take another time."""
-    return [owner.library() is not None for owner in (quant.native, kernels.native, kernels.fused, kernels.attention)]
+def _kernels() -> list[str]:
+    """Digests of the C libraries, empty for one that is not built: with another one its ops take another time."""
+    built = [owner.library() for owner in (quant.native, kernels.native, kernels.fused, kernels.attention)]
+    return ["" if library is None else _digest(library._name) for library in built]
+
+
+@functools.cache
+def _digest(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def _lines(path: str) -> list[str]:

@@ -7,6 +7,7 @@
  * the same order. `half` (bf16 rather than fp32) and `capped` are constants wherever these functions are inlined.
  */
 #include "lanes.h"
+#include "threads.h"
 
 INLINE void cap_lanes(floats *x, floats *slope, float cap) {
   *x *= 1.0f / cap;
@@ -101,39 +102,50 @@ INLINE float number(const char *from, int half) {
   return result;
 }
 
-/* tokens rows of `columns` logits, `stride` elements apart, and as many slopes (capped only; null: not wanted), dense. seen: columns of earlier
+/* Rows of `columns` logits, `stride` elements apart, and as many slopes (capped only; null: not wanted), dense. seen: columns of earlier
  * tiles. aimed[t]: the target's column in this tile, or a number outside it. keep[t]: by what everything summed before has to be multiplied.
  * even[t] (null: zero): the mean of the exponentials of the tile, which was subtracted from them. */
-#define ARGUMENTS                                                                                                                      \
-  void *logits, void *slopes, int64_t tokens, int64_t columns, int64_t stride, int64_t seen, float cap, const int64_t *aimed, float *top, \
-      float *rest, float *aim, float *flat, float *keep, float *even
+typedef struct {
+  char *logits, *slopes;
+  int64_t columns, stride, seen;
+  float cap;
+  const int64_t *aimed;
+  float *top, *rest, *aim, *flat, *keep, *even;
+} Tile;
 
-INLINE void tile(ARGUMENTS, int half, int capped) {
-  const int64_t width = width_of(half);
-  for (int64_t t = 0; t < tokens; t++) {
-    char *first = (char *)logits + t * stride * width;
-    Row row = row_of(first, slopes ? (char *)slopes + t * columns * width : 0, columns, aimed[t], cap, half);
-    if (row.own >= 0) aim[t] = number(first + row.own * width, half);
+INLINE void rows(const Tile *w, int64_t begin, int64_t end, int half, int capped) {
+  const int64_t width = width_of(half), columns = w->columns;
+  for (int64_t t = begin; t < end; t++) {
+    char *first = w->logits + t * w->stride * width;
+    Row row = row_of(first, w->slopes ? w->slopes + t * columns * width : 0, columns, w->aimed[t], w->cap, half);
+    if (row.own >= 0) w->aim[t] = number(first + row.own * width, half);
     floats most = (floats){} + largest(&row, half), slope;
-    if (capped) cap_lanes(&most, &slope, cap);
-    const float before = top[t], higher = most[0] > before ? most[0] : before;
-    row.higher = top[t] = higher;
+    if (capped) cap_lanes(&most, &slope, w->cap);
+    const float before = w->top[t], higher = most[0] > before ? most[0] : before;
+    row.higher = w->top[t] = higher;
     float distance, mean = 0;
-    if (even) mean = even[t] = walk(&row, 0, &distance, half, capped, 0) / (float)columns;
+    if (w->even) mean = w->even[t] = walk(&row, 0, &distance, half, capped, 0) / (float)columns;
     const float added = walk(&row, mean, &distance, half, capped, 1);
     put_edges(&row, half);
-    keep[t] = before == -INFINITY ? 0.0f : expf(before - higher);
-    rest[t] = rest[t] * keep[t] + added;
-    flat[t] += (seen ? (before - higher) * (float)seen : 0.0f) + distance;
+    w->keep[t] = before == -INFINITY ? 0.0f : expf(before - higher);
+    w->rest[t] = w->rest[t] * w->keep[t] + added;
+    w->flat[t] += (w->seen ? (before - higher) * (float)w->seen : 0.0f) + distance;
   }
 }
 
-#define TILE(NAME, HALF, CAPPED)                                                                                                   \
-  CLONES EXPORT void NAME(ARGUMENTS) {                                                                                             \
-    tile(logits, slopes, tokens, columns, stride, seen, cap, aimed, top, rest, aim, flat, keep, even, HALF, CAPPED);               \
-  }
+#define ROWS(NAME, HALF, CAPPED)                                                                                                   \
+  CLONES static void NAME(const void *work, int64_t first, int64_t last) { rows(work, first, last, HALF, CAPPED); }
 
-TILE(mebp_cross_entropy_tile_bf16, 1, 0)
-TILE(mebp_cross_entropy_tile_fp32, 0, 0)
-TILE(mebp_cross_entropy_capped_tile_bf16, 1, 1)
-TILE(mebp_cross_entropy_capped_tile_fp32, 0, 1)
+ROWS(rows_bf16, 1, 0)
+ROWS(rows_fp32, 0, 0)
+ROWS(capped_rows_bf16, 1, 1)
+ROWS(capped_rows_fp32, 0, 1)
+
+/* The tokens of a tile, each by one thread, so that nothing depends on their number. cap: 0 for none. */
+EXPORT void mebp_cross_entropy_tile(void *logits, void *slopes, int64_t tokens, int64_t columns, int64_t stride, int64_t seen, float cap,
+                                    const int64_t *aimed, float *top, float *rest, float *aim, float *flat, float *keep, float *even, int half,
+                                    int threads) {
+  const Tile w = {logits, slopes, columns, stride, seen, cap, aimed, top, rest, aim, flat, keep, even};
+  const Task plain = half ? rows_bf16 : rows_fp32, capped = half ? capped_rows_bf16 : capped_rows_fp32;
+  in_parts(cap != 0 ? capped : plain, &w, tokens, tokens * columns, threads);
+}

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from mebp_compile import shared_library
 
-KINDS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-_TILE: list[Any] = [*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 4, ctypes.c_float, *[ctypes.c_void_p] * 7]
+_TILE: list[Any] = [*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 4, ctypes.c_float, *[ctypes.c_void_p] * 7, *[ctypes.c_int] * 2]
 
 
 @functools.cache
@@ -24,18 +23,12 @@ def library() -> ctypes.CDLL | None:
 
 
 def _declare(lib: ctypes.CDLL) -> None:
-    for kind in KINDS.values():
-        for name in (_name(kind, 0.0), _name(kind, 1.0)):
-            getattr(lib, name).argtypes, getattr(lib, name).restype = _TILE, None
-
-
-def _name(kind: str, cap: float) -> str:
-    return f"mebp_cross_entropy_{'capped_' if cap else ''}tile_{kind}"
+    lib.mebp_cross_entropy_tile.argtypes, lib.mebp_cross_entropy_tile.restype = _TILE, None
 
 
 def takes(logits: Tensor) -> bool:
     """Whether the kernel can work on these logits: on the CPU, bf16 or fp32, dense rows."""
-    return logits.dtype in KINDS and logits.device.type == "cpu" and logits.stride(1) == 1 and library() is not None
+    return logits.dtype in (torch.bfloat16, torch.float32) and logits.device.type == "cpu" and logits.stride(1) == 1 and library() is not None
 
 
 def cross_entropy_tile(
@@ -49,7 +42,7 @@ def cross_entropy_tile(
     """
     lib, keep = library(), torch.empty_like(top)
     assert lib is not None
-    kernel = getattr(lib, _name(KINDS[logits.dtype], cap))
-    sums = (None if tensor is None else tensor.data_ptr() for tensor in (aimed, top, rest, aim, flat, keep, even))
-    kernel(logits.data_ptr(), None if slopes is None else slopes.data_ptr(), *logits.shape, logits.stride(0), start, cap, *sums)
+    places = [None if tensor is None else tensor.data_ptr() for tensor in (logits, slopes, aimed, top, rest, aim, flat, keep, even)]
+    numbers = (*logits.shape, logits.stride(0), start, cap)
+    lib.mebp_cross_entropy_tile(*places[:2], *numbers, *places[2:], logits.dtype == torch.bfloat16, torch.get_num_threads())
     return keep

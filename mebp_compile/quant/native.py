@@ -35,8 +35,8 @@ def library() -> ctypes.CDLL | None:
 def _declare(lib: ctypes.CDLL) -> None:
     """Argument types; raises AttributeError where a symbol is missing."""
     lib.mebp_dequantise_paths.argtypes, lib.mebp_dequantise_paths.restype = [], ctypes.c_int32
-    lib.mebp_dequantise_table.argtypes = [*_ROWS, ctypes.POINTER(ctypes.c_float), ctypes.c_int32, ctypes.c_int32]
-    lib.mebp_dequantise_int8.argtypes = [*_ROWS, ctypes.c_int32, ctypes.c_int32]
+    lib.mebp_dequantise_table.argtypes = [*_ROWS, ctypes.POINTER(ctypes.c_float), *[ctypes.c_int32] * 3]
+    lib.mebp_dequantise_int8.argtypes = [*_ROWS, *[ctypes.c_int32] * 3]
     lib.mebp_dequantise_table.restype = lib.mebp_dequantise_int8.restype = ctypes.c_int32
 
 
@@ -72,7 +72,7 @@ def dequantise_matrix(
         scheme,
         codes.data_ptr(), codes.stride(0), scales.data_ptr(), scales.stride(0) * scales.element_size(),
         out.data_ptr(), out.stride(0) * out.element_size(), ids.data_ptr() if ids is not None else None,
-        out.shape[0], codes.shape[0], out.shape[1], out.dtype, path,
+        out.shape[0], codes.shape[0], out.shape[1], out.dtype, path, torch.get_num_threads(),
     )  # fmt: skip
     _check_status(call(), path)
 
@@ -91,20 +91,20 @@ def tile_calls(scheme: Scheme, codes: Tensor, scales: Tensor, tiles: Sequence[sl
             code, scale = first * scheme.bits // 8, first // scheme.group * scales.element_size() if scheme.group else 0
         calls.append(_kernel(
             scheme, codes.data_ptr() + code, code_bytes, scales.data_ptr() + scale, scale_bytes,
-            out.data_ptr(), width * out.element_size(), None, rows, rows, width, out.dtype, "auto",
+            out.data_ptr(), width * out.element_size(), None, rows, rows, width, out.dtype, "auto", 1,
         ))  # fmt: skip
     return calls
 
 
 def _kernel(scheme: Scheme, *arguments: Any) -> Call:
     """The call of the scheme's kernel: codes, bytes of a row, scales, bytes of a row, out, bytes of a row, ids, rows, rows of the table, columns,
-    dtype, path."""
-    *rows, columns, dtype, path = arguments
-    lib, fp32 = library(), int(dtype == torch.float32)
+    dtype, path, threads."""
+    *rows, columns, dtype, path, threads = arguments
+    lib, form = library(), (int(dtype == torch.float32), PATHS[path], threads)
     assert lib is not None
     if scheme.levels:
-        return functools.partial(lib.mebp_dequantise_table, *rows, columns // 64, _level_array(scheme.levels), fp32, PATHS[path])
-    return functools.partial(lib.mebp_dequantise_int8, *rows, columns, fp32, PATHS[path])
+        return functools.partial(lib.mebp_dequantise_table, *rows, columns // 64, _level_array(scheme.levels), *form)
+    return functools.partial(lib.mebp_dequantise_int8, *rows, columns, *form)
 
 
 def _check_status(status: int, path: str) -> None:

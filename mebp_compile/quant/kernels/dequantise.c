@@ -10,6 +10,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "../../kernels/threads.h"
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #define HAVE_X86 1
 #include <immintrin.h>
@@ -307,35 +309,56 @@ static int rows_in_range(const int64_t *row_ids, int64_t rows, int64_t table_row
   return 1;
 }
 
-/* Rows of an int4 or nf4 matrix, `groups` groups each. Strides in bytes. `row_ids` may be NULL (rows 0, 1, 2, ...).
+/* What the threads share: rows of codes and scales, where they go, and how a row is made. `row_ids` may be NULL. */
+typedef struct {
+  const uint8_t *codes, *scales;
+  uint8_t *out;
+  int64_t code_stride, scale_stride, out_stride, width; /* width: groups or columns of a row */
+  const int64_t *row_ids;
+  const float *levels;
+  table_row table;
+  int8_row int8;
+} Matrix;
+
+static void table_rows_of(const void *work, int64_t first, int64_t last) {
+  const Matrix *m = work;
+  for (int64_t r = first; r < last; r++) {
+    const int64_t row = m->row_ids ? m->row_ids[r] : r;
+    m->table(m->codes + row * m->code_stride, (const uint16_t *)(m->scales + row * m->scale_stride), m->out + r * m->out_stride, m->width, m->levels);
+  }
+}
+
+static void int8_rows_of(const void *work, int64_t first, int64_t last) {
+  const Matrix *m = work;
+  for (int64_t r = first; r < last; r++) {
+    const int64_t row = m->row_ids ? m->row_ids[r] : r;
+    float scale;
+    memcpy(&scale, m->scales + row * m->scale_stride, 4);
+    m->int8((const int8_t *)(m->codes + row * m->code_stride), scale, m->out + r * m->out_stride, m->width);
+  }
+}
+
+/* Rows of an int4 or nf4 matrix, `groups` groups each, on up to `threads` threads. Strides in bytes. `row_ids` may be NULL (rows 0, 1, 2, ...).
  * Returns 0, ERROR_PATH (this processor lacks the path asked for) or ERROR_ROW (an id outside the table; nothing is written). */
 EXPORT int32_t mebp_dequantise_table(const uint8_t *codes, int64_t code_stride, const uint8_t *scales, int64_t scale_stride,
                                      uint8_t *out, int64_t out_stride, const int64_t *row_ids, int64_t rows,
-                                     int64_t table_rows, int64_t groups, const float *levels, int32_t fp32, int32_t path) {
+                                     int64_t table_rows, int64_t groups, const float *levels, int32_t fp32, int32_t path, int32_t threads) {
   int chosen = choose_path(path);
   if (chosen == ERROR_PATH) return ERROR_PATH;
   if (!rows_in_range(row_ids, rows, table_rows)) return ERROR_ROW;
-  table_row run = choose_table_row(chosen, fp32);
-  for (int64_t r = 0; r < rows; r++) {
-    int64_t row = row_ids ? row_ids[r] : r;
-    run(codes + row * code_stride, (const uint16_t *)(scales + row * scale_stride), out + r * out_stride, groups, levels);
-  }
+  const Matrix m = {codes, scales, out, code_stride, scale_stride, out_stride, groups, row_ids, levels, choose_table_row(chosen, fp32), 0};
+  in_parts(table_rows_of, &m, rows, rows * groups * GROUP_COLUMNS, threads);
   return 0;
 }
 
 /* Rows of an int8 matrix, `columns` columns each; arguments and result as above. */
 EXPORT int32_t mebp_dequantise_int8(const uint8_t *codes, int64_t code_stride, const uint8_t *scales, int64_t scale_stride,
                                     uint8_t *out, int64_t out_stride, const int64_t *row_ids, int64_t rows,
-                                    int64_t table_rows, int64_t columns, int32_t fp32, int32_t path) {
+                                    int64_t table_rows, int64_t columns, int32_t fp32, int32_t path, int32_t threads) {
   int chosen = choose_path(path);
   if (chosen == ERROR_PATH) return ERROR_PATH;
   if (!rows_in_range(row_ids, rows, table_rows)) return ERROR_ROW;
-  int8_row run = choose_int8_row(chosen, fp32);
-  for (int64_t r = 0; r < rows; r++) {
-    int64_t row = row_ids ? row_ids[r] : r;
-    float scale;
-    memcpy(&scale, scales + row * scale_stride, 4);
-    run((const int8_t *)(codes + row * code_stride), scale, out + r * out_stride, columns);
-  }
+  const Matrix m = {codes, scales, out, code_stride, scale_stride, out_stride, columns, row_ids, 0, 0, choose_int8_row(chosen, fp32)};
+  in_parts(int8_rows_of, &m, rows, rows * columns, threads);
   return 0;
 }
