@@ -38,7 +38,7 @@ def extensions() -> list[Extension]:
     return [
         Extension(
             name, [source], libraries=libraries, extra_compile_args=[*FLAGS, rounding],
-            depends=[str(path) for path in (root / source).parent.glob("*.h")], optional=True,
+            depends=[str(path) for path in (root / "mebp_compile").glob("**/*.h")], optional=True,
         )
         for name, (source, libraries, rounding) in LIBRARIES.items()
         if (root / source).exists()

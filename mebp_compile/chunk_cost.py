@@ -13,11 +13,9 @@ from mebp_compile.lower.chunk_body import overwritten
 from mebp_compile.lower.cuts import block_rows, tile_size
 from mebp_compile.lower.products import MULTIPLY, WIDENED
 from mebp_compile.lower.tables import itemsize
-from mebp_compile.overhead import VIEW_BYTES, allocated_bytes
+from mebp_compile.overhead import COPY_BYTES_PER_US, TRIP_US, VIEW_BYTES, allocated_bytes
 
-COPY_BYTES_PER_US = 8000
 LINE_US = 2  # what Python needs for a line of the body
-TRIP_US = 40  # and for a tile of a product
 Json = dict[str, Any]
 Requests = dict[str, Json]  # by the name of the body's op
 Cost = tuple[int, int]  # (time in microseconds, workspace in bytes) of one op

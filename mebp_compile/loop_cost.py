@@ -16,11 +16,9 @@ from mebp_compile.lower.loss_loop import TILED_LOSS
 from mebp_compile.lower.products import ADD_MULTIPLY, MATMULS, MULTIPLY, WIDENED, in_blocks
 from mebp_compile.lower.stream import Record
 from mebp_compile.lower.tables import itemsize
-from mebp_compile.overhead import fault_us
+from mebp_compile.overhead import COPY_BYTES_PER_US, TRIP_US, fault_us
 
-COPY_BYTES_PER_US = 8000
 LOSS_ROWS = 8192  # of a head, measured at once: they fit the caches
-TRIP_US = 40  # what Python needs for one trip: 0.3 ms for the 7 of a product of Qwen2.5-0.5B's MLP
 PACKED_SLACK_BYTES = 4096
 Json = dict[str, Any]
 

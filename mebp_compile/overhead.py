@@ -28,6 +28,8 @@ HOLES = 24  # a small budget of this many blocks that malloc keeps
 SMALL_BUDGET_BYTES = 16_000_000  # above it that costs more page faults than steps of real models can bear
 DEVICE_BLOCK_BYTES = 512  # an accelerator's allocator gives multiples of this
 FAULT_US_PER_BYTE = 4e-4  # of a fresh page: 0.5 s of system time for 300,000 pages of 4 KiB
+COPY_BYTES_PER_US = 8000  # of a tile's result into its place
+TRIP_US = 40  # what Python needs for a tile of a product: 0.3 ms for the 7 of one of Qwen2.5-0.5B's MLP
 
 
 def allocated_bytes(size_bytes: int, device: str = "") -> int:

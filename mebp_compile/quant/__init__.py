@@ -1,12 +1,13 @@
 """Quantised weights: schemes, packing, dequantising as one traceable op with a C kernel, and the format of a store."""
 
 from mebp_compile.quant.dequantise import (
+    columns_maker,
     dequantise,
     dequantise_columns,
     dequantise_into,
     dequantise_rows,
     embedding_rows,
-    tile_makers,
+    rows_maker,
 )
 from mebp_compile.quant.layout import FORMATS, PLAIN, choose_scheme
 from mebp_compile.quant.scheme import Packed, Scheme
@@ -19,11 +20,12 @@ __all__ = [
     "Packed",
     "Scheme",
     "choose_scheme",
+    "columns_maker",
     "dequantise",
     "dequantise_columns",
     "dequantise_into",
     "dequantise_rows",
     "embedding_rows",
+    "rows_maker",
     "scheme_named",
-    "tile_makers",
 ]

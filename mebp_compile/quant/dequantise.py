@@ -20,6 +20,7 @@ from mebp_compile.quant import native, reference
 from mebp_compile.quant.scheme import Packed, Scheme
 from mebp_compile.quant.schemes import scheme_named
 
+Make = Callable[[], object]
 _LIBRARY: Any = torch.library.Library("mebp", "FRAGMENT")  # type: ignore[no-untyped-call]
 _ARGUMENTS = "Tensor codes, Tensor scales, str scheme, SymInt[] shape, ScalarType dtype"
 _LIBRARY.define(f"dequantise({_ARGUMENTS}) -> Tensor")
@@ -41,41 +42,42 @@ def dequantise_into(packed: Packed, out: Tensor) -> Tensor:
 
 def dequantise_rows(packed: Packed, r0: int, r1: int, out: Tensor) -> Tensor:
     """Rows r0..r1 of the matrix view into `out` [r1 - r0, columns], contiguous."""
-    scheme, columns = scheme_named(packed.scheme), packed.shape[-1]
-    _check_range("row", r0, r1, packed.codes.shape[0], 1)
-    _check_out(out, (r1 - r0, columns), packed.codes)
-    _run(scheme, packed.codes[r0:r1], packed.scales[r0:r1], out)
+    rows_maker(packed, r0, r1, out, torch.get_num_threads())()
     return out
 
 
 def dequantise_columns(packed: Packed, c0: int, c1: int, out: Tensor) -> Tensor:
     """Columns c0..c1 (multiples of the scheme's group) of the matrix view into `out` [rows, c1 - c0], contiguous."""
+    columns_maker(packed, c0, c1, out, torch.get_num_threads())()
+    return out
+
+
+def rows_maker(packed: Packed, r0: int, r1: int, out: Tensor, threads: int = 1) -> Make:
+    """`dequantise_rows` for later, on so many threads. The caller keeps `packed` and `out` alive.
+
+    All that is Python's is done here: where two threads make tiles at once, each of a few microseconds, they would wait for each other's turn at
+    the interpreter.
+    """
+    _check_range("row", r0, r1, packed.codes.shape[0], 1)
+    _check_out(out, (r1 - r0, packed.shape[-1]), packed.codes)
+    return _maker(packed, packed.codes[r0:r1], packed.scales[r0:r1], out, threads)
+
+
+def columns_maker(packed: Packed, c0: int, c1: int, out: Tensor, threads: int = 1) -> Make:
+    """`dequantise_columns` for later, likewise."""
     scheme = scheme_named(packed.scheme)
     _check_range("column", c0, c1, packed.shape[-1], scheme.format.column_multiple)
     _check_out(out, (packed.codes.shape[0], c1 - c0), packed.codes)
     codes = packed.codes[:, c0 * scheme.bits // 8 : c1 * scheme.bits // 8]
     scales = packed.scales[:, c0 // scheme.group : c1 // scheme.group] if scheme.group else packed.scales
-    _run(scheme, codes, scales, out)
-    return out
+    return _maker(packed, codes, scales, out, threads)
 
 
-def tile_makers(packed: Packed, tiles: Sequence[slice], by_rows: bool, out: Tensor) -> list[Callable[[], object]]:
-    """For each tile, rows or (on multiples of the scheme's group) columns of the matrix view, a call that makes it at the start of `out`, contiguous.
-
-    `out` is flat, bf16 or fp32, and holds the largest tile; the caller keeps it and `packed` alive. All that is Python's is done here: where two
-    threads make tiles at once, each of a few microseconds, they would wait for each other's turn at the interpreter.
-    """
-    rows, columns = packed.codes.shape[0], packed.shape[-1]
-    limit, multiple = (rows, 1) if by_rows else (columns, scheme_named(packed.scheme).format.column_multiple)
-    for tile in tiles:
-        _check_range("row" if by_rows else "column", tile.start, tile.stop, limit, multiple)
-    sizes = [(tile.stop - tile.start) * (columns if by_rows else rows) for tile in tiles]
-    _check_out(out[: max(sizes)], (max(sizes),), packed.codes)
-    if _use_native(packed.codes):
-        return [*native.tile_calls(scheme_named(packed.scheme), packed.codes, packed.scales, tiles, by_rows, columns, out)]
-    make = dequantise_rows if by_rows else dequantise_columns
-    views = [out[:size].view((-1, columns) if by_rows else (rows, -1)) for size in sizes]
-    return [functools.partial(make, packed, tile.start, tile.stop, view) for tile, view in zip(tiles, views, strict=True)]
+def _maker(packed: Packed, codes: Tensor, scales: Tensor, out: Tensor, threads: int) -> Make:
+    scheme = scheme_named(packed.scheme)
+    if _use_native(codes):
+        return native.prepared(scheme, codes, scales, out, threads=threads)
+    return functools.partial(reference.dequantise_matrix, scheme, codes, scales, out)
 
 
 def embedding_rows(packed: Packed, ids: Tensor, out: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,47 +64,28 @@ def dequantise_matrix(
     inside a row they must be dense. All on the CPU. Raises OptionError for a path that this processor lacks or an id
     outside the table.
     """
-    if library() is None:
+    _check_status(prepared(scheme, codes, scales, out, ids, path, torch.get_num_threads())(), path)
+
+
+def prepared(
+    scheme: Scheme, codes: Tensor, scales: Tensor, out: Tensor, ids: Tensor | None = None, path: str = "auto", threads: int = 1
+) -> Call:
+    """`dequantise_matrix` for later: a call that is nothing but the kernel's, on so many threads. The caller keeps the tensors alive. Without
+    ids, and by the path that is chosen for this processor, it can't fail."""
+    lib = library()
+    if lib is None:
         raise OptionError(
             "the dequantise kernels were not built", fix="install a C compiler and reinstall, or use the torch path"
         )
-    call = _kernel(
-        scheme,
+    rows = (
         codes.data_ptr(), codes.stride(0), scales.data_ptr(), scales.stride(0) * scales.element_size(),
         out.data_ptr(), out.stride(0) * out.element_size(), ids.data_ptr() if ids is not None else None,
-        out.shape[0], codes.shape[0], out.shape[1], out.dtype, path, torch.get_num_threads(),
+        out.shape[0], codes.shape[0],
     )  # fmt: skip
-    _check_status(call(), path)
-
-
-def tile_calls(scheme: Scheme, codes: Tensor, scales: Tensor, tiles: Sequence[slice], by_rows: bool, columns: int, out: Tensor) -> list[Call]:
-    """For each tile, rows or columns, a call that makes it at the start of `out`; see `dequantise.tile_makers`. columns: of the dense matrix."""
-    code_bytes, scale_bytes = codes.stride(0), scales.stride(0) * scales.element_size()
-    table, calls = codes.shape[0], list[Call]()
-    for tile in tiles:
-        first, length = tile.start, tile.stop - tile.start
-        if by_rows:
-            rows, width = length, columns
-            code, scale = first * code_bytes, first * scale_bytes
-        else:
-            rows, width = table, length
-            code, scale = first * scheme.bits // 8, first // scheme.group * scales.element_size() if scheme.group else 0
-        calls.append(_kernel(
-            scheme, codes.data_ptr() + code, code_bytes, scales.data_ptr() + scale, scale_bytes,
-            out.data_ptr(), width * out.element_size(), None, rows, rows, width, out.dtype, "auto", 1,
-        ))  # fmt: skip
-    return calls
-
-
-def _kernel(scheme: Scheme, *arguments: Any) -> Call:
-    """The call of the scheme's kernel: codes, bytes of a row, scales, bytes of a row, out, bytes of a row, ids, rows, rows of the table, columns,
-    dtype, path, threads."""
-    *rows, columns, dtype, path, threads = arguments
-    lib, form = library(), (int(dtype == torch.float32), PATHS[path], threads)
-    assert lib is not None
+    form = (int(out.dtype == torch.float32), PATHS[path], threads)
     if scheme.levels:
-        return functools.partial(lib.mebp_dequantise_table, *rows, columns // 64, _level_array(scheme.levels), *form)
-    return functools.partial(lib.mebp_dequantise_int8, *rows, columns, *form)
+        return functools.partial(lib.mebp_dequantise_table, *rows, out.shape[1] // 64, _level_array(scheme.levels), *form)
+    return functools.partial(lib.mebp_dequantise_int8, *rows, out.shape[1], *form)
 
 
 def _check_status(status: int, path: str) -> None:

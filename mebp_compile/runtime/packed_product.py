@@ -11,7 +11,7 @@ import torch
 from mebp_compile import openmp
 from mebp_compile.kernels import product
 from mebp_compile.lower.cuts import thread_tiles
-from mebp_compile.quant import Packed, tile_makers
+from mebp_compile.quant import Packed, columns_maker, rows_maker
 
 
 class _Tile(NamedTuple):
@@ -27,7 +27,7 @@ def multiply(
     x: torch.Tensor, weight: Packed, transposed: bool, trips: int, widened: bool = False, out: torch.Tensor | None = None, threads: int = 1
 ) -> torch.Tensor:
     """x [rows, inner] times the weight, or times its transpose, in tiles as wide as a `trips`-th of it, one at a time, or on two threads one of half
-    that width on each (openmp.py). widened: by kernels/product.py. Bits: those of `thread_tiles`, whichever threads there are."""
+    that width on each (openmp.py). widened: by kernels/product.py."""
     inner, width = (weight.shape[1], weight.shape[0]) if transposed else weight.shape
     result = x.new_empty(x.shape[0], width) if out is None else out
     shares = thread_tiles(width, trips, threads)
@@ -36,11 +36,12 @@ def multiply(
     mm = product.mm_out if widened else torch.mm
 
     def tiles_of(share: Sequence[slice], memory: torch.Tensor) -> Iterator[_Tile]:
-        for tile, make in zip(share, tile_makers(weight, share, transposed, memory), strict=True):
+        maker = rows_maker if transposed else columns_maker
+        for tile in share:
             columns = tile.stop - tile.start
-            dense, part = memory[: columns * inner], memory[widest * inner :][: x.shape[0] * columns]
-            matrix = dense.view(columns, inner).t() if transposed else dense.view(inner, columns)
-            yield _Tile(make, matrix, part.view(-1, columns), result[:, tile])
+            made, part = memory[: columns * inner].view((columns, inner) if transposed else (inner, columns)), memory[widest * inner :]
+            make = maker(weight, tile.start, tile.stop, made)
+            yield _Tile(make, made.t() if transposed else made, part[: x.shape[0] * columns].view(-1, columns), result[:, tile])
 
     def work(tiles: Sequence[_Tile]) -> None:
         for make, dense, part, place in tiles:

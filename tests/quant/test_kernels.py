@@ -15,13 +15,14 @@ from mebp_compile.errors import OptionError
 from mebp_compile.quant import (
     SCHEMES,
     Packed,
+    columns_maker,
     dequantise,
     dequantise_columns,
     dequantise_rows,
     embedding_rows,
     native,
     reference,
-    tile_makers,
+    rows_maker,
 )
 from mebp_compile.quant.native import available_paths
 
@@ -136,8 +137,10 @@ def test_tiles_made_later_equal_slices_of_the_whole(
     if without_library:
         monkeypatch.setattr(native, "library", lambda: None)
     for by_rows, tiles in ((True, [slice(0, 4), slice(4, 8), slice(8, 11)]), (False, [slice(0, 128), slice(128, 256), slice(256, 320)])):
-        out = torch.empty(11 * 320, dtype=dtype)
-        for tile, make in reversed(list(zip(tiles, tile_makers(packed, tiles, by_rows, out), strict=True))):
+        out, maker, shape = torch.empty(11 * 320, dtype=dtype), *((rows_maker, (-1, 320)) if by_rows else (columns_maker, (11, -1)))
+        sizes = [(tile.stop - tile.start) * (320 if by_rows else 11) for tile in tiles]
+        makes = [maker(packed, tile.start, tile.stop, out[:size].view(shape)) for tile, size in zip(tiles, sizes, strict=True)]
+        for tile, make in reversed(list(zip(tiles, makes, strict=True))):
             out.fill_(SENTINEL)
             make()
             expected = whole[tile] if by_rows else whole[:, tile]
@@ -149,11 +152,11 @@ def test_tiles_off_the_grid_and_small_outputs_are_refused() -> None:
     """Before any call is made."""
     packed = random_packed("int4", 4, 128)
     with pytest.raises(OptionError, match="multiples of 64"):
-        tile_makers(packed, [slice(32, 96)], False, torch.empty(512))
+        columns_maker(packed, 32, 96, torch.empty(4, 64))
     with pytest.raises(OptionError, match="row range"):
-        tile_makers(packed, [slice(0, 5)], True, torch.empty(1024))
+        rows_maker(packed, 0, 5, torch.empty(5, 128))
     with pytest.raises(OptionError, match="out must be contiguous"):
-        tile_makers(packed, [slice(0, 4)], True, torch.empty(511))
+        rows_maker(packed, 0, 4, torch.empty(511))
 
 
 def test_int8_takes_any_column_range() -> None:
