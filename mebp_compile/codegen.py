@@ -224,7 +224,7 @@ class _Writer:
         self._line(f"run.offload({self.graph.storages[storage].name!r}, {name})", f"to {self.outside}, {size}")
 
     def _prefetch(self, number: int, storage: int) -> None:
-        buffer = self._buffer(number, self.base[storage].name)
+        buffer = self._buffer(number, self.base[storage].name, storage in self.schedule.resident)
         size = format_bytes(self.graph.storages[storage].size_bytes)
         self.writing[storage] = "prefetch"
         self._line(f"run.prefetch({self.graph.storages[storage].name!r}, {buffer})", f"from {self.outside}, {size}")
@@ -264,18 +264,19 @@ class _Writer:
     def _in_arena(self, number: int, op: Op) -> bool:
         return any((number, storage) in self.plan.placement.offsets for storage in op.creates)
 
-    def _buffer(self, number: int, name: str | None) -> str:
-        """What an output is put in: its place in the arena, or a new tensor for one that has none, beside outputs that have."""
+    def _buffer(self, number: int, name: str | None, home: bool = False) -> str:
+        """What an output is put in: its place in the arena, or a new tensor for one that has none, beside outputs that have. home: what is read into it
+        stays there after the step."""
         if not name:
             return ""
         value, offset = self.graph.value[name], self.plan.placement.offsets.get((number, self.graph.storage_of(name)))
-        return self._new(value) if offset is None else self._at(offset, value)
+        return self._new(value, "mapped" if home and not self.graph.device else "new") if offset is None else self._at(offset, value)
 
     def _at(self, offset: int, value: Value) -> str:
         return f"run.at({offset}, {_geometry(value)})"
 
-    def _new(self, value: Value) -> str:
-        return f"run.new({_geometry(value)})" if value.dtype != "number" else ""
+    def _new(self, value: Value, verb: str = "new") -> str:
+        return f"run.{verb}({_geometry(value)})" if value.dtype != "number" else ""
 
     # --- text ---
 

@@ -15,7 +15,7 @@ from mebp_compile.config import format_bytes
 from mebp_compile.errors import BudgetError, BudgetInfeasible, GraphError
 from mebp_compile.graph import CHUNKS, PERSISTENT, Graph, Op, Value
 from mebp_compile.nondeterministic import same_again
-from mebp_compile.overhead import charged_sizes, constant_overhead, fault_us, mapped_bytes
+from mebp_compile.overhead import MAPPED_BYTES, charged_sizes, constant_overhead, fault_us, mapped_bytes
 from mebp_compile.place import Placement, lives, place_under
 from solvers import Problem, Report, Schedule, Solution, baselines
 from solvers.bounds import roofline_us, working_set
@@ -263,8 +263,9 @@ def faults_us(graph: Graph, problem: Problem, schedule: Schedule, placement: Pla
     if graph.device or not is_tight(problem, placement):
         return 0
     again_bytes = sum(item.high - item.low for item in placement.decommits)
-    outside = (life for life in lives(graph, problem, schedule) if life.start >= 0 and (life.start, life.storage) not in placement.offsets)
-    return int(fault_us(again_bytes, 0) + sum(fault_us(life.size_bytes, mapped_bytes(problem.budget_bytes)) for life in outside))
+    outside = [life for life in lives(graph, problem, schedule) if life.start >= 0 and (life.start, life.storage) not in placement.offsets]
+    from_bytes = [MAPPED_BYTES if life.storage in schedule.resident else mapped_bytes(problem.budget_bytes) for life in outside]
+    return int(fault_us(again_bytes, 0) + sum(fault_us(life.size_bytes, least) for life, least in zip(outside, from_bytes, strict=True)))
 
 
 def _with_room(

@@ -14,8 +14,8 @@ class Binding:
     """Names are the program's; sources say what they are ("parameter:model:layers.0.weight", "optimizer:...", "batch:0").
 
     sources: what `run.state` gives, by name. batch, results: sources of the function's arguments, and where its results belong, in order.
-    away, resident: name -> source of what lies on disk between steps, or in memory but may leave it in mid-step; rooms: by source, bytes on
-    disk and copies of them. restorable: all that the step writes lies on disk.
+    away, resident: name -> source of what lies on disk between steps, or in memory but leaves it in mid-step or is a block of a table; rooms: by
+    source, bytes on disk and copies of them. restorable: all that the step writes lies on disk.
     weights: streamed weight -> (source of the parameter, dtype); records: packed storage -> weight; kept_records: those at home in
     memory; record_places: where in the arena some of those lie; fetched_records: those that the schedule reads whole.
     slots: name -> (offset, bytes) in the step's scratch file of `scratch_bytes`. written: sources that the step changes. random: whether it

@@ -13,6 +13,7 @@ import torch
 
 from mebp_compile.errors import GraphError
 from mebp_compile.measure.transfer import DiskThread
+from mebp_compile.runtime.arena import with_own_pages
 from mebp_compile.runtime.home_store import HomeStore
 from mebp_compile.runtime.state import Getter, evaluate
 
@@ -76,16 +77,18 @@ class DataHomes:
         """Sources of what lies on disk now."""
         return frozenset(self._away)
 
-    def arrange(self, away: frozenset[str], held: frozenset[str] = frozenset()) -> None:
+    def arrange(self, away: frozenset[str], moving: frozenset[str] = frozenset()) -> None:
         """Put exactly the sources `away` on disk and everything else in memory; what leaves goes first. Runs between steps.
 
-        `held`: no blocks of tables; steps that have any are not saved for a lean process.
+        `moving`: what is in memory and leaves it in mid-step. No blocks of tables: steps that have any are not saved for a lean process.
         """
         for source in sorted(away - self._away.keys()):
             self.leave(source, self.live.tensors[source])
         for source in sorted(self._away.keys() - away):
             self.live.tensors[source] = self.load(source)
             del self._away[source]
+        for source in sorted(moving):
+            self.live.tensors[source] = with_own_pages(self.live.tensors[source])
 
     def materialise(self) -> None:
         """Bring everything into memory."""

@@ -21,7 +21,7 @@ from mebp_compile.lower.cuts import block_rows, tile_size, tiles_of
 from mebp_compile.measure.accelerator import Accelerator
 from mebp_compile.quant import dequantise_columns, dequantise_into, dequantise_rows
 from mebp_compile.runtime import packed_product
-from mebp_compile.runtime.arena import PagedArena
+from mebp_compile.runtime.arena import PagedArena, has_own_pages, mapped
 from mebp_compile.runtime.homes import ProgramHomes
 from mebp_compile.runtime.slots import SlotStore
 from mebp_compile.runtime.state import Getter, Live
@@ -62,6 +62,7 @@ class Engine:
         self.committed = False
         self._on_view: Callable[[torch.Tensor], None] | None = None
         self._on_decommit: Callable[[int, int], None] | None = None
+        self._on_release: Callable[[torch.Tensor], None] | None = None
         self._views: dict[tuple[Any, ...], torch.Tensor] = {}
         self._reading: dict[str, torch.Tensor] = {}
         self._rng: dict[str, RandomState] = {}
@@ -154,7 +155,7 @@ class Engine:
         return view
 
     def _seen(self, view: torch.Tensor) -> torch.Tensor:
-        """A view that is not kept, so that the meter sees it die when the step lets go of it."""
+        """A view of the arena, or a tensor with pages of its own: not kept here, so that the meter sees it die when the step lets go of it."""
         assert self._on_view is not None
         self._on_view(view)
         return view
@@ -183,15 +184,26 @@ class Engine:
             return torch.empty(shape, dtype=dtype, device=self.device)
         return torch.empty_strided(shape, stride, dtype=dtype, device=self.device)
 
+    def mapped(self, shape: tuple[int, ...], dtype: torch.dtype, stride: tuple[int, ...] | None = None) -> torch.Tensor:
+        """A tensor with pages of its own: for what comes back to its home in memory, whose block malloc would keep as a hole when it leaves again."""
+        tensor = mapped(shape, dtype, stride)
+        return tensor if self._on_view is None else self._seen(tensor)
+
     @contextlib.contextmanager
-    def observed(self, on_view: Callable[[torch.Tensor], None], on_decommit: Callable[[int, int], None] | None = None) -> Iterator[None]:
-        """Inside, a meter is told of every view of the arena, which nobody but the step holds, and of bytes of it that go."""
+    def observed(
+        self,
+        on_view: Callable[[torch.Tensor], None],
+        on_decommit: Callable[[int, int], None] | None = None,
+        on_release: Callable[[torch.Tensor], None] | None = None,
+    ) -> Iterator[None]:
+        """Inside, a meter is told of every view of the arena, which nobody but the step holds, and of bytes of it that go; and of tensors with pages of
+        their own that come, and that are about to leave."""
         self._views.clear()
-        self._on_view, self._on_decommit = on_view, on_decommit
+        self._on_view, self._on_decommit, self._on_release = on_view, on_decommit, on_release
         try:
             yield
         finally:
-            self._on_view = self._on_decommit = None
+            self._on_view = self._on_decommit = self._on_release = None
 
     # --- what exists before the step ---
 
@@ -212,7 +224,11 @@ class Engine:
     def release(self, name: str) -> None:
         """A persistent storage leaves memory, for good or until it is read again."""
         if self.homes is not None and name in self.homes.resident:
-            self._left[name] = torch.empty_like(self.state(name), device="meta")
+            tensor = self.state(name)
+            if self._on_release is not None and has_own_pages(tensor):
+                self._on_release(tensor)
+            self._left[name] = torch.empty_like(tensor, device="meta")
+            del tensor
         for keeper in (self.homes, self.weights):
             if keeper is not None:
                 keeper.release(name)

@@ -23,6 +23,7 @@ from mebp_compile.capture import State
 from mebp_compile.errors import DiskError, MebpError
 from mebp_compile.measure.accelerator import Accelerator
 from mebp_compile.measure.transfer import DiskThread
+from mebp_compile.runtime.arena import with_own_pages
 from mebp_compile.runtime.home_store import HomeStore, HostHomeStore
 from mebp_compile.runtime.memory import memory_errors
 from mebp_compile.runtime.tables import Table, by_parent, parent_of
@@ -57,18 +58,19 @@ class Homes:
         """Sources of what lies on disk now."""
         return frozenset(self._parked)
 
-    def arrange(self, away: frozenset[str], held: frozenset[str] = frozenset()) -> None:
+    def arrange(self, away: frozenset[str], moving: frozenset[str] = frozenset()) -> None:
         """Put exactly the sources `away` on disk and everything else in memory; what leaves goes first. Runs between steps.
 
-        `held`: blocks of tables that are in memory, beside those in `away` that are not.
+        `moving`: what is in memory and leaves it in mid-step, and blocks of tables that are in memory, beside those in `away` that are not.
         Raises MebpError, with everything either here or there, where a tensor can't leave.
         """
         with memory_errors("moving state between memory and disk"):
             self.abandon()  # what a failed step left, if its own end was cut short
-            self._arrange(away, held)
+            self._arrange(away, moving)
 
-    def _arrange(self, away: frozenset[str], held: frozenset[str]) -> None:
+    def _arrange(self, away: frozenset[str], moving: frozenset[str]) -> None:
         found = _tensors(self.state)
+        held = frozenset(source for source in moving if "#" in source)
         tables = by_parent(away | held)
         away = frozenset(source for source in away if "#" not in source) | tables.keys()
         for source, parked in list(self._parked.items()):
@@ -81,6 +83,9 @@ class Homes:
             self._leave(source, found.get(source), tables.get(source), held)
         for source in sorted(self._parked.keys() - away):
             self._return(source)
+        for source in sorted(moving - held):
+            _check_can_leave(source, found.get(source))
+            _map(found[source])
 
     def materialise(self, force: bool = False) -> None:
         """Bring everything back into memory. `force`: what can't be read any more gets zeros, so that a checkpoint can be loaded over it."""
@@ -188,7 +193,7 @@ class StateHomes(Protocol):
     store: HomeStore
     thread: DiskThread
 
-    def arrange(self, away: frozenset[str], held: frozenset[str] = frozenset()) -> None: ...
+    def arrange(self, away: frozenset[str], moving: frozenset[str] = frozenset()) -> None: ...
 
     def materialise(self) -> None: ...
 
@@ -207,7 +212,7 @@ class StateHomes(Protocol):
 class ProgramHomes:
     """The homes of one program: storage name in the program -> source.
 
-    away: at home on disk. resident: at home in memory, movable in mid-step. restorable: the program writes nothing else that outlives it,
+    away: at home on disk. resident: at home in memory, and leaves it in mid-step or is a block of a table. restorable: the program writes nothing else that outlives it,
     so that a failed step has changed nothing once it is abandoned.
     """
 
@@ -221,7 +226,7 @@ class ProgramHomes:
 
     def arrange(self) -> None:
         """Before a step."""
-        self.homes.arrange(frozenset(self.away.values()), frozenset(source for source in self.resident.values() if "#" in source))
+        self.homes.arrange(frozenset(self.away.values()), frozenset(self.resident.values()))
 
     def offload(self, name: str, tensor: torch.Tensor) -> None:
         self.homes.store.write(self.away[name], tensor)
@@ -282,6 +287,13 @@ def _park(tensor: torch.Tensor) -> _Parked:
     torch_private.exchange(tensor, shell)  # from here on nothing needs memory, so nothing fails
     shell.data = nothing
     return _Parked(tensor, shell, device)
+
+
+def _map(tensor: torch.Tensor) -> None:
+    """Give a tensor of the user's pages of its own, if it is large and has none."""
+    buffer = with_own_pages(tensor.detach())
+    if buffer.data_ptr() != tensor.data_ptr():
+        _unpark(_park(tensor), buffer)
 
 
 def _empty_like(parked: _Parked) -> torch.Tensor:

@@ -21,6 +21,7 @@ import torch
 from mebp_compile.graph import PERSISTENT
 from mebp_compile.measure.meter import MallocMeter, PeakRss, StorageMeter
 from mebp_compile.pages import Decommit, Spans, resident
+from mebp_compile.runtime.arena import has_own_pages
 from mebp_compile.runtime.guards import batch_tensors
 from mebp_compile.runtime.program import Program
 
@@ -62,39 +63,48 @@ def meter_process(program: Program, leaves: list[Any]) -> ProcessReading:
     """Run one step and measure malloc's peak and RssAnon's."""
     program.arrange()
     engine, kept_bytes = program.engine, kept_storage_bytes(program, leaves)
-    if engine.pages is None or not program.plan.placement.decommits:
+    moving = engine.homes is not None and engine.homes.resident
+    if engine.pages is None or not (program.plan.placement.decommits or moving):
         return meter_call(lambda: program.run(leaves), kept_bytes + engine.arena.nbytes)
-    watch = _ArenaWatch(engine.arena)
-    with engine.observed(watch.take, watch.give):
+    watch = _PageWatch(engine.arena)
+    with engine.observed(watch.take, watch.give, watch.leave):
         reading = meter_call(lambda: program.run(leaves), kept_bytes)
     begin_bytes, grown_bytes = watch.peak()
     malloc_bytes = None if reading.malloc_bytes is None else kept_bytes + grown_bytes
     return replace(reading, malloc_bytes=malloc_bytes, anon_bytes=reading.anon_bytes + begin_bytes)
 
 
-class _ArenaWatch:
-    """What malloc has handed out and the arena's pages in memory, together at their most. A view's pages count from when an op takes it until
-    they are given back; malloc counts at its peak since the look before."""
+class _PageWatch:
+    """What malloc has handed out, the arena's pages in memory, and what comes and goes in pages of its own, together at their most. A view's pages
+    count from when an op takes it until they are given back; malloc counts at its peak since the look before."""
 
     def __init__(self, arena: torch.Tensor) -> None:
         self.arena = arena
         self.malloc = MallocMeter() if MallocMeter.available() else None
         self.before_bytes = self.malloc.reset_peak() if self.malloc else 0
-        self.grown: list[int] = []  # malloc's growth up to each event
+        self.mapped_bytes = 0  # of tensors with pages of their own, more than at the begin
+        self.grown: list[int] = []  # malloc's growth and theirs up to each event
         self.taken: list[tuple[int, int, int, int]] = []  # rows of Spans whose steps are events
         self.given: list[Decommit] = []
 
     def take(self, view: torch.Tensor) -> None:
-        low, number = view.data_ptr() - self.arena.data_ptr(), len(self.grown)
-        self.taken.append((number, number + 1, low, low + view.untyped_storage().nbytes()))
+        low, number, size_bytes = view.data_ptr() - self.arena.data_ptr(), len(self.grown), view.untyped_storage().nbytes()
+        inside = 0 <= low < self.arena.nbytes
+        if inside:
+            self.taken.append((number, number + 1, low, low + size_bytes))
         self._look()
+        self.mapped_bytes += size_bytes if not inside and has_own_pages(view) else 0
+
+    def leave(self, tensor: torch.Tensor) -> None:
+        self._look()
+        self.mapped_bytes -= tensor.untyped_storage().nbytes()
 
     def give(self, low: int, high: int) -> None:
         self.given.append(Decommit(len(self.grown), low, high))
         self._look()
 
     def _look(self) -> None:
-        self.grown.append(self.malloc.peak_bytes - self.before_bytes if self.malloc else 0)
+        self.grown.append(self.mapped_bytes + (self.malloc.peak_bytes - self.before_bytes if self.malloc else 0))
         if self.malloc:
             self.malloc.reset_peak()
 

@@ -99,13 +99,15 @@ def _spikes(graph: Graph, plan: Plan) -> tuple[int, int]:
 
 
 def _homes(graph: Graph, plan: Plan, twice: set[int]) -> tuple[dict[str, str], dict[str, str], dict[str, tuple[int, int]]]:
-    """What the plan keeps on disk, what it may move in mid-step, and room on disk: two copies of what is in `twice`."""
+    """What the plan keeps on disk, what it moves in mid-step or has in blocks, and room on disk: two copies of what is in `twice`."""
     away, resident, rooms = {}, {}, {}
+    freed = {step.storage for step in plan.schedule.steps if isinstance(step, solvers.Free)}
     for index, storage in enumerate(graph.storages):
         if storage.role not in ("parameter", "optimizer") or not plan.problem.storages[index].movable:
             continue
         if index in plan.schedule.resident:
-            resident[storage.name] = storage.source
+            if index in freed or "#" in storage.source:
+                resident[storage.name] = storage.source
         else:
             away[storage.name] = storage.source
             rooms[storage.source] = (storage.size_bytes, 2 if index in twice else 1)

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from mebp_compile.errors import MebpError
+from mebp_compile.runtime.arena import mapped
 
 
 class BlockStore(Protocol):
@@ -52,7 +53,7 @@ class Table:
         for block in self.blocks:
             rows = tensor[slice(*rows_of(block))]
             if block in keep:
-                self.held[block] = rows.clone()
+                self.held[block] = mapped(tuple(rows.shape), rows.dtype).copy_(rows)
             else:
                 self.store.write(block, rows)
                 self.store.wait(block)

@@ -7,7 +7,7 @@ import mmap
 import torch
 
 from mebp_compile.measure.process import rss
-from mebp_compile.runtime.arena import PagedArena
+from mebp_compile.runtime.arena import PagedArena, has_own_pages, mapped, with_own_pages
 
 MB = 1 << 20
 
@@ -48,3 +48,27 @@ def test_views_outlive_the_arena() -> None:
     view.fill_(3.0)
     assert view.tolist() == [3.0] * 8
     assert view.untyped_storage().nbytes() == 32
+
+
+def test_tensors_with_pages_of_their_own() -> None:
+    """Their memory goes back to the system with them, and is as much as they are large."""
+    before = rss().anon_bytes
+    tensors = [mapped((512, 513), torch.float32).fill_(7) for _ in range(32)]
+    assert all(has_own_pages(tensor) for tensor in tensors)
+    assert abs(rss().anon_bytes - before - 32 * 512 * 513 * 4) < MB
+    del tensors
+    assert rss().anon_bytes - before < MB
+
+
+def test_a_copy_with_pages_of_its_own() -> None:
+    """Values and strides are the tensor's; what is small, or has them, is itself."""
+    tensor = torch.randn(600, 500).t()
+    copy = with_own_pages(tensor)
+    assert has_own_pages(copy)
+    assert not has_own_pages(tensor)
+    assert copy.stride() == tensor.stride()
+    assert torch.equal(copy, tensor)
+    assert with_own_pages(copy) is copy
+    small = torch.ones(8)
+    assert with_own_pages(small) is small
+    assert not has_own_pages(small)

@@ -27,9 +27,11 @@ from mebp_compile.compiler import CompiledStep, optimize
 from mebp_compile.errors import BudgetInfeasible, DiskError, MebpError, StepPoisoned
 from mebp_compile.measure import disk, file_io
 from mebp_compile.measure.transfer import DiskThread
+from mebp_compile.runtime import arena
 from mebp_compile.runtime.all_state import state_dict
 from mebp_compile.runtime.home_store import HomeStore, Room
 from mebp_compile.runtime.homes import Homes
+from mebp_compile.runtime.metering import meter_process
 from solvers.decode import Decisions, Tables, decode
 from solvers.emit import emit, synchronous
 from solvers.solve import Solution
@@ -146,6 +148,35 @@ def test_two_batch_shapes_keep_their_own_homes(disk_folder: Path) -> None:
     homes = [set(program.engine.homes.away.values()) for known in compiled.programs.values() for program in known]
     assert len(homes) == 2
     assert homes[0] != homes[1]
+
+
+def test_what_leaves_in_mid_step_has_pages_of_its_own(disk_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parameter at home in memory that leaves it and comes back lies in pages of its own, which the system gets back, from the first step on; under
+    the meters the step needs what the plan says. A view of it, which would show old values, is refused."""
+    monkeypatch.setattr(arena, "MAPPED_BYTES", 4096)
+    own, other = chain(sgd, 8), chain(sgd, 8)
+    budget = (smallest_budget(other, disk_folder) + smallest_budget(other, None)) // 2
+    compiled = compiled_step(other, budget, disk_folder, example=other.batch(0))
+    program = compiled.prepare(*other.batch(0))
+    moving = [other.modules[0].get_parameter(source.rpartition(":")[2]) for source in program.engine.homes.resident.values()]
+    assert moving
+    assert "run.mapped(" in program.code
+    identity = [id(parameter) for parameter in moving]
+    for call in range(3):
+        run_both(own, other, compiled, range(call, call + 1))
+        assert all(arena.has_own_pages(parameter) for parameter in moving)
+    reading = meter_process(program, list(other.batch(3)))
+    assert own.step(*own.batch(3)).equal(reading.result)
+    comparison = compiled.compare(*other.batch(4))
+    assert comparison.equal, str(comparison)
+    assert comparison.measured_bytes <= comparison.predicted_bytes
+    assert [id(parameter) for parameter in moving] == identity
+    view = moving[0].data[:2]
+    with pytest.raises(MebpError, match="another tensor shares it"):
+        compiled(*other.batch(5))
+    del view
+    compiled.materialise()
+    assert_same("materialised", snapshot(own), snapshot(other))
 
 
 def test_state_that_a_program_does_not_use_stays_on_disk(disk_folder: Path) -> None:
