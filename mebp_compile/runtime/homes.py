@@ -22,6 +22,7 @@ from mebp_compile import torch_private
 from mebp_compile.capture import State
 from mebp_compile.errors import DiskError, MebpError
 from mebp_compile.measure.accelerator import Accelerator
+from mebp_compile.measure.process import malloc_trim
 from mebp_compile.measure.transfer import DiskThread
 from mebp_compile.runtime.arena import with_own_pages
 from mebp_compile.runtime.home_store import HomeStore, HostHomeStore
@@ -79,13 +80,16 @@ class Homes:
         for source, table in list(self._tables.items()):
             if tables.get(source) != table.blocks or table.held.keys() != held & set(table.blocks):
                 self._return(source)
-        for source in sorted(away - self._parked.keys()):
+        leaving = sorted(away - self._parked.keys())
+        for source in leaving:
             self._leave(source, found.get(source), tables.get(source), held)
         for source in sorted(self._parked.keys() - away):
             self._return(source)
         for source in sorted(moving - held):
             _check_can_leave(source, found.get(source))
             _map(found[source])
+        if leaving:
+            malloc_trim()
 
     def materialise(self, force: bool = False) -> None:
         """Bring everything back into memory. `force`: what can't be read any more gets zeros, so that a checkpoint can be loaded over it."""
