@@ -65,7 +65,12 @@ class Course:
 
 def disk_share(course: Course) -> float:
     """Of the states so far the most that transfers take, as a share of the compute."""
-    return max((state.profile.transfer_us / (state.profile.compute_us + 1) for state, _ in course.states), default=0.0)
+    return max((transfer_share(state) for state, _ in course.states), default=0.0)
+
+
+def transfer_share(state: State) -> float:
+    """What the state's transfers take, as a share of its compute."""
+    return state.profile.transfer_us / (state.profile.compute_us + 1)
 
 
 def weights_of(problem: Problem) -> list[float]:

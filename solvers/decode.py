@@ -79,6 +79,7 @@ class Tables:
             self.producer.update(((s, 1), index) for s in op.creates)
             self.producer.update(((s, used[s] + 1), index) for s in op.writes)
         self.written: dict[int, list[int]] = {}
+        self.needed = [[reads + writes for reads in ways] for ways, writes in zip(self.reads, self.writes, strict=True)]
         for index, op in enumerate(problem.ops):
             for s in op.writes:
                 self.written.setdefault(s, []).append(index)
@@ -96,7 +97,7 @@ class Tables:
 
     def needs(self, op: int, choice: int) -> list[Value]:
         """Values that must be in memory to run the op: its reads and the old versions of what it writes."""
-        return self.reads[op][choice] + self.writes[op]
+        return self.needed[op][choice]
 
 
 RUN, READ = 0, 1
@@ -133,6 +134,7 @@ class Decoder:
 
     def __init__(self, tables: Tables, decisions: Decisions) -> None:
         self.tables, self.decisions, self.trace = tables, decisions, Trace()
+        self.versions = self.trace.inst_version
         self.cuts, self.choice = decisions.cuts, decisions.choice
         count = len(tables.size)
         self.instance = [-1] * count
@@ -140,6 +142,7 @@ class Decoder:
         self.disk = [-1] * count
         self.ran = [False] * len(decisions.choice)
         self.group = 0
+        self.most_events = RUNS_AN_OP * len(self.ran) + FEWEST_RUNS
         for storage, info in enumerate(tables.problem.storages):
             if info.persistent and storage in decisions.away:
                 self.disk[storage] = 0
@@ -162,23 +165,25 @@ class Decoder:
     def available(self, storage: int, version: int) -> bool:
         """The value is in memory, and no cut lies between its last touch and now."""
         i = self.instance[storage]
-        if i < 0 or self.trace.inst_version[i] != version:
-            return False
-        boundaries = self.cuts.get(storage)
-        if boundaries is None:
-            return True
+        return i >= 0 and self.versions[i] == version and (storage not in self.cuts or self.uncut(storage, i))
+
+    def uncut(self, storage: int, i: int) -> bool:
+        """No cut of the storage lies between the last touch of its instance and now."""
+        boundaries = self.cuts[storage]
         k = bisect_right(boundaries, self.inst_group[i])
         return k == len(boundaries) or boundaries[k] > self.group
 
-    def touch(self, storage: int, event: int) -> None:
-        """The current instance is used at the event."""
-        i, trace = self.instance[storage], self.trace
-        if trace.inst_last[i] != event:
-            trace.seg_instance.append(i)
-            trace.seg_start.append(trace.inst_last[i])
-            trace.seg_end.append(event)
-            trace.inst_last[i] = event
-        self.inst_group[i] = self.group
+    def touch(self, values: list[Value], event: int) -> None:
+        """Current instances are used at the event."""
+        trace, instance, group, last = self.trace, self.instance, self.group, self.trace.inst_last
+        for storage, _ in values:
+            i = instance[storage]
+            if last[i] != event:
+                trace.seg_instance.append(i)
+                trace.seg_start.append(last[i])
+                trace.seg_end.append(event)
+                last[i] = event
+            self.inst_group[i] = group
 
     def event(self, kind: int, subject: int) -> int:
         trace = self.trace
@@ -205,18 +210,17 @@ class Decoder:
     def run(self, op: int) -> None:
         """Run the op: everything it needs is available."""
         event = self.event(RUN, op)
-        if event > RUNS_AN_OP * len(self.ran) + FEWEST_RUNS:
+        if event > self.most_events:
             raise DecodeError(next(iter(self.tables.problem.ops[op].creates), -1), "versions that undo each other are made over and over")
         self.ran[op] = True
-        for storage, version in self.tables.needs(op, self.choice[op]):
-            if self.trace.inst_version[self.instance[storage]] != version:
+        needs, instance, versions = self.tables.needs(op, self.choice[op]), self.instance, self.versions
+        for storage, version in needs:
+            if versions[instance[storage]] != version:
                 raise DecodeError(storage, f"storage {storage} is needed at two versions at once")
-        for storage, _ in self.tables.reads[op][self.choice[op]]:
-            self.touch(storage, event)
+        self.touch(needs, event)
         for storage, version in self.tables.writes[op]:
-            self.touch(storage, event)
-            i = self.instance[storage]
-            self.trace.inst_version[i] = version + 1
+            i = instance[storage]
+            versions[i] = version + 1
             self.trace.inst_ready[i] = event
         for storage in self.tables.problem.ops[op].creates:
             i = self.instance[storage]
@@ -227,13 +231,22 @@ class Decoder:
 
     def missing(self, needs: list[Value]) -> list[Value]:
         """Those to bring back, in the order in which to do it: recompute first, read from disk right before the use."""
-        gone = [value for value in needs if not self.available(*value)]
+        instance, versions, cuts, gone = self.instance, self.versions, self.cuts, []
+        for value in needs:
+            storage, version = value
+            i = instance[storage]
+            if i < 0 or versions[i] != version or (storage in cuts and not self.uncut(storage, i)):
+                gone.append(value)
         return sorted(gone, key=lambda value: self.on_disk(*value)) if len(gone) > 1 else gone
 
     def obtain(self, needs: list[Value], first: int = -1) -> None:
         """Make the values available, then run op `first` (if any). Depth first, with an explicit stack."""
-        stack = [(first, self.missing(needs), 0)]
-        open_ops = {first}
+        gone = self.missing(needs)
+        if not gone:
+            if first >= 0:
+                self.run(first)
+            return
+        stack, open_ops = [(first, gone, 0)], {first}
         while stack:
             op, wanted, position = stack.pop()
             while position < len(wanted):
@@ -275,7 +288,7 @@ class Decoder:
         for storage in stay:
             if not self.available(storage, tables.final[storage]):
                 raise DecodeError(storage, f"storage {storage} is lost before the end")
-            self.touch(storage, len(trace.kind))
+        self.touch([(storage, tables.final[storage]) for storage in stay], len(trace.kind))
         for storage in sorted(away):
             if self.disk[storage] != tables.final[storage]:
                 i = self.instance[storage]

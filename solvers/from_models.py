@@ -8,14 +8,13 @@ from collections.abc import Iterator
 from solvers import disk_plan, milp
 from solvers.course import Course, disk_share, offer_state, weights_of
 from solvers.decode import Decisions, DecodeError, Tables
-from solvers.evict import Rates, State
-from solvers.greedy import SMALL_OPS, TINY_FRACTION, evaluate, first_decisions, next_state
+from solvers.evict import State
+from solvers.greedy import evaluate, first_decisions, repaired
 from solvers.improve import placed_us, refill
 from solvers.schedule import Run, Schedule
 
 MODEL_SECONDS = 2.0  # with less time left the global model is not tried
 MODEL_SHARE = 0.7  # of the time left
-REPAIRS = 30
 PLAN_PHASES = (32, 64, 32)  # of one disk plan after the other
 FINER = (32, 64, 128)  # phases, tried one after the other from those on where a plan has no room with fewer
 DISK_FULL = 1.4  # of the compute, that transfers take: then the paths that spare the disk first
@@ -92,17 +91,10 @@ def _if_any(plans: Iterator[Decisions]) -> Iterator[Decisions]:
 
 def _repaired(tables: Tables, decisions: Decisions, weight: float) -> State | None:
     """The state of the decisions, with evictions where it exceeds the budget; None if that fails."""
-    problem = tables.problem
     try:
-        state: State | None = evaluate(tables, decisions)
+        return repaired(tables, evaluate(tables, decisions), weight)
     except DecodeError:
         return None
-    rates = Rates(weight, 0 if len(problem.ops) <= SMALL_OPS else int(problem.budget_bytes * TINY_FRACTION))
-    for _ in range(REPAIRS):
-        if state is None or state.profile.peak_bytes <= problem.budget_bytes:
-            return state
-        state = next_state(tables, state, problem.budget_bytes, rates)
-    return None
 
 
 def ways_of(tables: Tables, schedule: Schedule) -> list[int]:

@@ -16,6 +16,7 @@ from solvers.problem import Choice, Op
 
 SMALL_OPS = 200
 TINY_FRACTION = 1 / 20_000
+REPAIRS = 30
 SHARING_ROUNDS = 4  # in which ops choose by what others chose before
 
 
@@ -92,3 +93,17 @@ def next_state(tables: Tables, state: State, target_bytes: int, rates: Rates) ->
             if error.storage in rates.lost:
                 return None
             rates.lost.add(error.storage)
+
+
+def repaired(tables: Tables, state: State, weight: float) -> State | None:
+    """The state, with evictions where it exceeds the budget; None if that fails."""
+    budget_bytes, current = tables.problem.budget_bytes, state
+    rates = Rates(weight, 0 if len(tables.problem.ops) <= SMALL_OPS else int(budget_bytes * TINY_FRACTION))
+    for _ in range(REPAIRS):
+        if current.profile.peak_bytes <= budget_bytes:
+            return current
+        following = next_state(tables, current, budget_bytes, rates)
+        if following is None:
+            return None
+        current = following
+    return None

@@ -64,20 +64,20 @@ def refill(tables: Tables, state: State, weight: float, deadline: float = float(
     weight) says that it helps."""
     judge = judge or estimated_us(weight)
     for _ in range(rounds):
-        undos = _fitting(tables, state, _undos(tables, state, weight))
+        fitting = _fitting(tables, state, undos(tables, state, weight))
         trials = _Trials(judge, judge(state), deadline, REFILL_OPS // (len(tables.reads) + 1) + 8)
-        better = _try(tables, state, undos, trials) if undos else state
+        better = _try(tables, state, fitting, trials) if fitting else state
         if better is state:
             break
         state = better
     return state
 
 
-def _undos(tables: Tables, state: State, weight: float) -> list[Undo]:
+def undos(tables: Tables, state: State, weight: float) -> list[Undo]:
     """Every decision that could be taken back, by saved time per byte and event, best first."""
-    undos = [*_undo_cuts(tables, state, weight), *_undo_away(tables, state, weight), *_undo_choices(tables, state)]
-    undos += [*_undo_spills(tables, state, weight), *_undo_sharing(tables, state)]
-    return sorted(undos, key=lambda undo: -undo.saved_us / (undo.size_bytes + 1))
+    found = [*_undo_cuts(tables, state, weight), *_undo_away(tables, state, weight), *_undo_choices(tables, state)]
+    found += [*_undo_spills(tables, state, weight), *_undo_sharing(tables, state)]
+    return sorted(found, key=lambda undo: -undo.saved_us / (undo.size_bytes + 1))
 
 
 def _undo_cuts(tables: Tables, state: State, weight: float) -> list[Undo]:

@@ -12,11 +12,12 @@ from solvers.away_limit import fewer_movable, within_limit, without_limit
 from solvers.bounding import CLOSE, Bounds, bounding
 from solvers.bounds import roofline_us, working_set
 from solvers.check import Report, replay
-from solvers.course import TRANSFER_WEIGHTS, Best, Course, disk_share, offer_state, weights_of
+from solvers.course import TRANSFER_WEIGHTS, Best, Course, disk_share, offer_state, transfer_share, weights_of
 from solvers.cut_bound import bound_and_moments
 from solvers.decode import Tables
 from solvers.emit import emit, synchronous
 from solvers.evict import State
+from solvers.exchange import exchanged
 from solvers.from_models import offer_model, offer_plans, ways_of
 from solvers.greedy import descend, first_decisions
 from solvers.held import with_held
@@ -29,10 +30,11 @@ TIGHTEST = 0.0  # transfers cost nothing: the path that goes lowest whatever the
 SEARCH_ROUNDS = 400
 GOOD_ENOUGH = 1.005  # times the bound: no second greedy path
 EXACT_OPS = 40
+EXCHANGE_SHARE = 0.5  # of the time for a search, before it
 ALL_USED = 0.9  # of the budget
 BASE_ORDER_SHARE = 0.5  # of the time, where the order is free as well
 DISK_MATTERS = 0.02  # of the compute, that transfers take: then what goes to disk is planned
-DISK_BOUND = 0.5  # likewise: then before the global model
+DISK_BOUND = 0.5  # likewise: then before the global model, and greedy paths end without an exchange
 DISK_WEIGHTS = (3.0,)  # more greedy paths then
 
 
@@ -197,6 +199,9 @@ def _offer_greedy(course: Course, more: tuple[float, ...] = (), first_only: bool
         if smallest_found[-1] > tables.problem.budget_bytes:
             continue
         state = min(_filled(tables, best, path[-1], weight, not course.modelled), key=lambda state: score(state, weight))
+        if not course.settled() and transfer_share(state) < DISK_BOUND:
+            state = exchanged(tables, state, weight)
+            offer_state(tables, best, state, "exchange")
         course.states.append((state, weight))
         course.walked[walked] = time.monotonic() - before
         course.tell(f"greedy (transfers x {weight})")
@@ -217,6 +222,8 @@ def _offer_search(course: Course) -> None:
             return
         left = course.deadline - time.monotonic()
         until = time.monotonic() + (left if number == len(starts) else left / 2)
+        state = exchanged(tables, state, weight, time.monotonic() + EXCHANGE_SHARE * (until - time.monotonic()))
+        offer_state(tables, best, state, "exchange")
         found = search(tables, state, weight, until, SEARCH_ROUNDS, course.seed, course.progress, judge)
         offer_state(tables, best, found, f"{best.method} and search" if best.method == "model" else "search")
 

@@ -166,12 +166,14 @@ class Placement:
         """The first read, of those due before a deadline, that may begin now; -1: none."""
         while self.next_read < len(self.reads) and (self.reads[self.next_read] < event or self.reads[self.next_read] in self.done):
             self.next_read += 1
+        now_bytes = self.slack[event]
         for read in self.reads[self.next_read : self.next_read + LOOKAHEAD]:
             if read > before or self.before_us[read] - self.before_us[event] > self.horizon_us:
                 return -1
             if read in self.done or self.blocked[read] > event:
                 continue
-            if self.slack[event:read].min(initial=1 << 62) >= self.tables.size[self.trace.subject[read]]:
+            size = self.tables.size[self.trace.subject[read]]
+            if now_bytes >= size and self.slack[event:read].min(initial=1 << 62) >= size:
                 return read
         return -1
 
