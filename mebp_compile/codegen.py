@@ -265,8 +265,8 @@ class _Writer:
         return any((number, storage) in self.plan.placement.offsets for storage in op.creates)
 
     def _buffer(self, number: int, name: str | None, home: bool = False) -> str:
-        """What an output is put in: its place in the arena, or a new tensor for one that has none, beside outputs that have. home: what is read into it
-        stays there after the step."""
+        """What an output is put in: its place in the arena, or a new tensor for one that has none, beside outputs that have. home: it is at home in
+        memory, and comes back."""
         if not name:
             return ""
         value, offset = self.graph.value[name], self.plan.placement.offsets.get((number, self.graph.storage_of(name)))

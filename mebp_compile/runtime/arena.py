@@ -35,7 +35,7 @@ class PagedArena:
 
 
 def mapped(shape: tuple[int, ...], dtype: torch.dtype, stride: tuple[int, ...] | None = None) -> torch.Tensor:
-    """An uninitialised dense tensor whose pages go back to the system with it, where malloc would keep its block as a hole. A small one is malloc's."""
+    """An uninitialised dense tensor whose pages go back to the system with it; malloc would keep its block as a hole. A small one is malloc's."""
     size_bytes = math.prod(shape) * dtype.itemsize
     if size_bytes < MAPPED_BYTES:
         return torch.empty(shape, dtype=dtype) if stride is None else torch.empty_strided(shape, stride, dtype=dtype)

@@ -196,8 +196,8 @@ class Engine:
         on_decommit: Callable[[int, int], None] | None = None,
         on_release: Callable[[torch.Tensor], None] | None = None,
     ) -> Iterator[None]:
-        """Inside, a meter is told of every view of the arena, which nobody but the step holds, and of bytes of it that go; and of tensors with pages of
-        their own that come, and that are about to leave."""
+        """Inside, a meter is told of every view of the arena, which nobody but the step holds, and of bytes of it that go; and of tensors with pages
+        of their own that come, and that are about to leave."""
         self._views.clear()
         self._on_view, self._on_decommit, self._on_release = on_view, on_decommit, on_release
         try:

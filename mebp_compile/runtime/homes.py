@@ -216,8 +216,8 @@ class StateHomes(Protocol):
 class ProgramHomes:
     """The homes of one program: storage name in the program -> source.
 
-    away: at home on disk. resident: at home in memory, and leaves it in mid-step or is a block of a table. restorable: the program writes nothing else that outlives it,
-    so that a failed step has changed nothing once it is abandoned.
+    away: at home on disk. resident: at home in memory, and leaves it in mid-step or is a block of a table. restorable: the program writes nothing
+    else that outlives it, so that a failed step has changed nothing once it is abandoned.
     """
 
     homes: StateHomes
