@@ -51,6 +51,7 @@ class Homes:
         self.store = HostHomeStore(place, self.thread) if isinstance(place, Accelerator) else HomeStore(place, self.thread)
         self._parked: dict[str, _Parked] = {}  # on disk, or in blocks, by source
         self._tables: dict[str, Table] = {}  # in blocks, by source
+        self._moving: dict[str, torch.Tensor] = {}  # at home in memory, to leave it in mid-step
         self._out: dict[str, _Parked] = {}  # at home in memory, but out of it for a part of the running step
         self._out_blocks: dict[str, torch.Tensor] = {}  # the same for blocks: meta tensors of their geometry
 
@@ -85,9 +86,7 @@ class Homes:
             self._leave(source, found.get(source), tables.get(source), held)
         for source in sorted(self._parked.keys() - away):
             self._return(source)
-        for source in sorted(moving - held):
-            _check_can_leave(source, found.get(source))
-            _map(found[source])
+        self._moving = {source: _with_own_pages(source, found.get(source)) for source in sorted(moving - held)}
         if leaving:
             malloc_trim()
 
@@ -170,8 +169,7 @@ class Homes:
         if "#" in source:
             self._out_blocks[source] = self._tables[parent_of(source)].held.pop(source).to("meta")
             return
-        tensor = _tensors(self.state)[source]
-        self._out[source] = _park(tensor)
+        self._out[source] = _park(self._moving[source])
 
     def adopt(self, source: str, buffer: torch.Tensor) -> None:
         """In a step: the tensor is back, in `buffer`, which becomes its memory."""
@@ -293,11 +291,14 @@ def _park(tensor: torch.Tensor) -> _Parked:
     return _Parked(tensor, shell, device)
 
 
-def _map(tensor: torch.Tensor) -> None:
-    """Give a tensor of the user's pages of its own, if it is large and has none."""
+def _with_own_pages(source: str, tensor: torch.Tensor | None) -> torch.Tensor:
+    """The user's tensor, which has pages of its own now if it is large. Raises MebpError where it can't leave memory."""
+    _check_can_leave(source, tensor)
+    assert tensor is not None
     buffer = with_own_pages(tensor.detach())
     if buffer.data_ptr() != tensor.data_ptr():
         _unpark(_park(tensor), buffer)
+    return tensor
 
 
 def _empty_like(parked: _Parked) -> torch.Tensor:

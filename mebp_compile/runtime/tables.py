@@ -53,7 +53,8 @@ class Table:
         for block in self.blocks:
             rows = tensor[slice(*rows_of(block))]
             if block in keep:
-                self.held[block] = mapped(tuple(rows.shape), rows.dtype).copy_(rows)
+                own = mapped(tuple(rows.shape), rows.dtype) if rows.device.type == "cpu" else torch.empty_like(rows)
+                self.held[block] = own.copy_(rows)
             else:
                 self.store.write(block, rows)
                 self.store.wait(block)
