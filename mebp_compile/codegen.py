@@ -270,13 +270,11 @@ class _Writer:
         if not name:
             return ""
         value, offset = self.graph.value[name], self.plan.placement.offsets.get((number, self.graph.storage_of(name)))
-        return self._new(value, "mapped" if home and not self.graph.device else "new") if offset is None else self._at(offset, value)
-
-    def _at(self, offset: int, value: Value) -> str:
-        return f"run.at({offset}, {_geometry(value)})"
-
-    def _new(self, value: Value, verb: str = "new") -> str:
-        return f"run.{verb}({_geometry(value)})" if value.dtype != "number" else ""
+        if offset is not None:
+            return f"run.at({offset}, {_geometry(value)})"
+        if value.dtype == "number":
+            return ""
+        return f"run.{'mapped' if home and not self.graph.device else 'new'}({_geometry(value)})"
 
     # --- text ---
 

@@ -90,8 +90,12 @@ def lives(graph: Graph, problem: Problem, schedule: Schedule) -> list[Life]:
 
 def returning(graph: Graph, schedule: Schedule) -> set[int]:
     """Packed weights at home in memory that leave it in mid-step and come back: each has one place in the arena for all its lives."""
-    freed = {step.storage for step in schedule.steps if isinstance(step, Free)} & schedule.resident
-    return {index for index in freed if graph.storages[index].role == "weight"} if not graph.device else set()
+    return {index for index in leaving(schedule) if graph.storages[index].role == "weight"} if not graph.device else set()
+
+
+def leaving(schedule: Schedule) -> set[int]:
+    """What is at home in memory and leaves it in mid-step."""
+    return {step.storage for step in schedule.steps if isinstance(step, Free)} & schedule.resident
 
 
 def place_under(graph: Graph, problem: Problem, schedule: Schedule) -> Placement:

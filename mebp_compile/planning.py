@@ -263,9 +263,9 @@ def faults_us(graph: Graph, problem: Problem, schedule: Schedule, placement: Pla
     if graph.device or not is_tight(problem, placement):
         return 0
     again_bytes = sum(item.high - item.low for item in placement.decommits)
-    outside = [life for life in lives(graph, problem, schedule) if life.start >= 0 and (life.start, life.storage) not in placement.offsets]
-    from_bytes = [MAPPED_BYTES if life.storage in schedule.resident else mapped_bytes(problem.budget_bytes) for life in outside]
-    return int(fault_us(again_bytes, 0) + sum(fault_us(life.size_bytes, least) for life, least in zip(outside, from_bytes, strict=True)))
+    outside = (life for life in lives(graph, problem, schedule) if life.start >= 0 and (life.start, life.storage) not in placement.offsets)
+    least_bytes, own = mapped_bytes(problem.budget_bytes), schedule.resident  # what is at home in memory comes back into pages of its own
+    return int(fault_us(again_bytes, 0) + sum(fault_us(life.size_bytes, MAPPED_BYTES if life.storage in own else least_bytes) for life in outside))
 
 
 def _with_room(

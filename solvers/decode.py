@@ -165,11 +165,11 @@ class Decoder:
     def available(self, storage: int, version: int) -> bool:
         """The value is in memory, and no cut lies between its last touch and now."""
         i = self.instance[storage]
-        return i >= 0 and self.versions[i] == version and (storage not in self.cuts or self.uncut(storage, i))
-
-    def uncut(self, storage: int, i: int) -> bool:
-        """No cut of the storage lies between the last touch of its instance and now."""
-        boundaries = self.cuts[storage]
+        if i < 0 or self.versions[i] != version:
+            return False
+        boundaries = self.cuts.get(storage)
+        if boundaries is None:
+            return True
         k = bisect_right(boundaries, self.inst_group[i])
         return k == len(boundaries) or boundaries[k] > self.group
 
@@ -231,12 +231,7 @@ class Decoder:
 
     def missing(self, needs: list[Value]) -> list[Value]:
         """Those to bring back, in the order in which to do it: recompute first, read from disk right before the use."""
-        instance, versions, cuts, gone = self.instance, self.versions, self.cuts, []
-        for value in needs:
-            storage, version = value
-            i = instance[storage]
-            if i < 0 or versions[i] != version or (storage in cuts and not self.uncut(storage, i)):
-                gone.append(value)
+        gone = [value for value in needs if not self.available(*value)]
         return sorted(gone, key=lambda value: self.on_disk(*value)) if len(gone) > 1 else gone
 
     def obtain(self, needs: list[Value], first: int = -1) -> None:

@@ -13,11 +13,11 @@ import re
 import time
 from collections import deque
 
-from solvers.bounds import alone_bytes, always_live
-from solvers.decode import DecodeError, Tables
+from solvers.bounds import alone_bytes, always_live, bytes_of
+from solvers.decode import Tables
 from solvers.evict import State
-from solvers.greedy import evaluate, repaired
-from solvers.improve import REFILL_OPS, Undo, placed_us, undos
+from solvers.greedy import repaired
+from solvers.improve import Undo, placed_us, trials_of, undos
 
 LEAST_SHARE = 1e-4  # of the step's time: groups that together would save less are left
 PATIENCE = 10
@@ -30,7 +30,7 @@ def exchanged(tables: Tables, state: State, weight: float, deadline: float = mat
     budget."""
     judge = placed_us(tables)
     least, groups = judge(state), deque(_groups(tables, state, weight))
-    trials, idle = REFILL_OPS // (len(tables.reads) + 1) + 8, 0
+    trials, idle = trials_of(tables), 0
     while groups and (time.monotonic() < deadline if deadline < math.inf else trials > 0 and idle < PATIENCE):
         trials, idle, group = trials - 1, idle + 1, groups.popleft()
         changed = _without(tables, state, group, weight)
@@ -52,17 +52,14 @@ def _without(tables: Tables, state: State, group: list[Undo], weight: float) -> 
     decisions = state.decisions.copy()
     for undo in group:
         undo.apply(decisions)
-    try:
-        return repaired(tables, evaluate(tables, decisions), weight)
-    except DecodeError:
-        return None
+    return repaired(tables, decisions, weight)
 
 
 def _groups(tables: Tables, state: State, weight: float) -> list[list[Undo]]:
     """Decisions about storages and ops whose names differ only in numbers, those that would save most first."""
     problem, least_us = tables.problem, LEAST_SHARE * state.profile.compute_us
     pinned = always_live(problem)
-    room_bytes = problem.budget_bytes - problem.constant_bytes - sum(tables.size[s] for s in pinned)
+    room_bytes = problem.budget_bytes - problem.constant_bytes - bytes_of(problem, pinned)
     found: dict[tuple[object, ...], list[Undo]] = {}
     for undo in undos(tables, state, weight):
         ways = ((problem.ops[op], problem.ops[op].choices[way]) for op, way in undo.ways)

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 from solvers import disk_plan, milp
 from solvers.course import Course, disk_share, offer_state, weights_of
-from solvers.decode import Decisions, DecodeError, Tables
+from solvers.decode import Decisions, Tables
 from solvers.evict import State
-from solvers.greedy import evaluate, first_decisions, repaired
+from solvers.greedy import first_decisions, repaired
 from solvers.improve import placed_us, refill
 from solvers.schedule import Run, Schedule
 
@@ -33,7 +33,7 @@ def offer_model(course: Course) -> None:
             return
         found = False
         for decisions in _if_any(milp.plans(tables, ways, time.monotonic() + MODEL_SHARE * left)):
-            state = _repaired(tables, decisions, weight)
+            state = repaired(tables, decisions, weight)
             if state is not None:
                 course.states.append((refill(tables, state, weight, course.deadline), weight))
                 offer_state(tables, best, course.states[-1][0], "model")
@@ -63,7 +63,7 @@ def _planned(course: Course, start: State, weight: float, phases: int) -> State 
     found: list[State] = []
     for count in (each for each in FINER if each >= phases):  # what is used twice in a phase stays there: in shorter ones there may be room
         for decisions in _if_any(disk_plan.plans(tables, start, count, course.deadline)):
-            state = _repaired(tables, decisions, weight)
+            state = repaired(tables, decisions, weight)
             found += [state] if state is not None else []
             if state is not None and state.decisions is decisions:  # it fits as it is: smaller shares of the budget are for those that don't
                 break
@@ -87,14 +87,6 @@ def _if_any(plans: Iterator[Decisions]) -> Iterator[Decisions]:
         yield from plans
     except ImportError:
         return
-
-
-def _repaired(tables: Tables, decisions: Decisions, weight: float) -> State | None:
-    """The state of the decisions, with evictions where it exceeds the budget; None if that fails."""
-    try:
-        return repaired(tables, evaluate(tables, decisions), weight)
-    except DecodeError:
-        return None
 
 
 def ways_of(tables: Tables, schedule: Schedule) -> list[int]:

@@ -95,9 +95,13 @@ def next_state(tables: Tables, state: State, target_bytes: int, rates: Rates) ->
             rates.lost.add(error.storage)
 
 
-def repaired(tables: Tables, state: State, weight: float) -> State | None:
-    """The state, with evictions where it exceeds the budget; None if that fails."""
-    budget_bytes, current = tables.problem.budget_bytes, state
+def repaired(tables: Tables, decisions: Decisions, weight: float) -> State | None:
+    """The state of the decisions, with evictions where it exceeds the budget; None if that fails. weight: of transfers."""
+    budget_bytes = tables.problem.budget_bytes
+    try:
+        current = evaluate(tables, decisions)
+    except DecodeError:
+        return None
     rates = Rates(weight, 0 if len(tables.problem.ops) <= SMALL_OPS else int(budget_bytes * TINY_FRACTION))
     for _ in range(REPAIRS):
         if current.profile.peak_bytes <= budget_bytes:

@@ -65,12 +65,17 @@ def refill(tables: Tables, state: State, weight: float, deadline: float = float(
     judge = judge or estimated_us(weight)
     for _ in range(rounds):
         fitting = _fitting(tables, state, undos(tables, state, weight))
-        trials = _Trials(judge, judge(state), deadline, REFILL_OPS // (len(tables.reads) + 1) + 8)
+        trials = _Trials(judge, judge(state), deadline, trials_of(tables))
         better = _try(tables, state, fitting, trials) if fitting else state
         if better is state:
             break
         state = better
     return state
+
+
+def trials_of(tables: Tables) -> int:
+    """How many trials a round may take without a clock: fewer where each takes longer."""
+    return REFILL_OPS // (len(tables.reads) + 1) + 8
 
 
 def undos(tables: Tables, state: State, weight: float) -> list[Undo]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from mebp_compile.measure.accelerator import Accelerator
-from mebp_compile.measure.process import malloc_trim, set_malloc_thresholds
+from mebp_compile.measure.process import set_malloc_thresholds
 from mebp_compile.measure.transfer import DiskThread
 from mebp_compile.runtime.activations import ActivationStore
 from mebp_compile.runtime.arena import PagedArena
@@ -55,7 +55,6 @@ def assemble(
     own = _homes(binding, homes) if homes is not None else None
     kind = Engine if process_bytes is None else PressedEngine
     slots = _slots(binding, accelerator or folder, thread)
-    malloc_trim()  # of what planning left free
     engine = kind(live, binding.sources, pages or binding.arena_bytes, slots, weights, own, binding.random, accelerator)
     if isinstance(engine, PressedEngine) and process_bytes is not None:
         engine.pressure = Pressure(process_bytes - binding.spike_bytes - SLACK_BYTES, binding.loop_bytes)

@@ -88,12 +88,14 @@ class _PageWatch:
         self.given: list[Decommit] = []
 
     def take(self, view: torch.Tensor) -> None:
-        low, number, size_bytes = view.data_ptr() - self.arena.data_ptr(), len(self.grown), view.untyped_storage().nbytes()
-        inside = 0 <= low < self.arena.nbytes
-        if inside:
+        number, size_bytes = len(self.grown), view.untyped_storage().nbytes()
+        if _inside(self.arena, view):
+            low = view.data_ptr() - self.arena.data_ptr()
             self.taken.append((number, number + 1, low, low + size_bytes))
-        self._look()
-        self.mapped_bytes += size_bytes if not inside and has_own_pages(view) else 0
+            self._look()
+        else:
+            self._look()
+            self.mapped_bytes += size_bytes if has_own_pages(view) else 0
 
     def leave(self, tensor: torch.Tensor) -> None:
         self._look()
@@ -142,7 +144,11 @@ def kept_tensors(program: Program, leaves: list[Any]) -> Iterator[torch.Tensor]:
 def kept_storage_bytes(program: Program, leaves: list[Any]) -> int:
     """Bytes of the storages of `kept_tensors` that lie outside of the arena, each once."""
     arena = program.engine.arena
-    return storage_bytes(tensor for tensor in kept_tensors(program, leaves) if not 0 <= tensor.data_ptr() - arena.data_ptr() < arena.nbytes)
+    return storage_bytes(tensor for tensor in kept_tensors(program, leaves) if not _inside(arena, tensor))
+
+
+def _inside(arena: torch.Tensor, tensor: torch.Tensor) -> bool:
+    return 0 <= tensor.data_ptr() - arena.data_ptr() < arena.nbytes
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:

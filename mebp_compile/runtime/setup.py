@@ -8,8 +8,9 @@ from mebp_compile.capture.contract import Contract
 from mebp_compile.config import Options
 from mebp_compile.graph import PERSISTENT, Graph
 from mebp_compile.measure.accelerator import Accelerator
+from mebp_compile.measure.process import malloc_trim
 from mebp_compile.overhead import mapped_bytes
-from mebp_compile.place import lives
+from mebp_compile.place import leaving, lives
 from mebp_compile.planning import Plan, is_tight
 from mebp_compile.runtime.assemble import assemble
 from mebp_compile.runtime.bind import Streamed
@@ -38,6 +39,7 @@ def make_engine(
     binding = binding_of(graph, plan, options.offloads, options.host_bytes is not None)
     live = LiveState(state, contract.constants)
     store, names = (streamed.store, streamed.names) if streamed is not None else (None, None)
+    malloc_trim()  # of what planning left free
     return assemble(binding, live, options.offload_dir, store, names, homes, accelerator=accelerator)
 
 
@@ -101,16 +103,15 @@ def _spikes(graph: Graph, plan: Plan) -> tuple[int, int]:
 def _homes(graph: Graph, plan: Plan, twice: set[int]) -> tuple[dict[str, str], dict[str, str], dict[str, tuple[int, int]]]:
     """What the plan keeps on disk, what it moves in mid-step or has in blocks, and room on disk: two copies of what is in `twice`."""
     away, resident, rooms = {}, {}, {}
-    freed = {step.storage for step in plan.schedule.steps if isinstance(step, solvers.Free)}
+    moving = leaving(plan.schedule)
     for index, storage in enumerate(graph.storages):
         if storage.role not in ("parameter", "optimizer") or not plan.problem.storages[index].movable:
             continue
-        if index in plan.schedule.resident:
-            if index in freed or "#" in storage.source:
-                resident[storage.name] = storage.source
-        else:
+        if index not in plan.schedule.resident:
             away[storage.name] = storage.source
             rooms[storage.source] = (storage.size_bytes, 2 if index in twice else 1)
+        elif index in moving or "#" in storage.source:
+            resident[storage.name] = storage.source
     return away, resident, rooms
 
 
