@@ -5,11 +5,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from typing import TYPE_CHECKING
 
-from solvers.linear import Expression, total
+from solvers.linear import Expression, Variable, total
 
 if TYPE_CHECKING:
-    from ortools.math_opt.python.mathopt import Variable
-
     from solvers.milp import Residency
 
 
@@ -22,7 +20,7 @@ def add_closures(model: Residency) -> None:
     border = next((k for k, op in enumerate(model.problem.ops) if op.phase == "backward"), -1)
     ran: dict[int, Variable] = {}
     for root, runs in _runs_after(model, border).items():
-        ran[root] = model.model.add_variable(lb=0.0, ub=1.0)
+        ran[root] = model.share()
         model.row(total(runs).add(ran[root], -1.0), 0.0)
     for s, item in model.blocks.items.items():
         kept = _across(model, s, border)

@@ -13,22 +13,17 @@ minimise the sum of the phases' lengths, each at least as long as either clock n
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from solvers.decode import READ, RUN, Decisions, Tables
 from solvers.emit import Ints, run_times
 from solvers.evict import State
-from solvers.linear import Expression, highs, mathopt_sum
-
-if TYPE_CHECKING:
-    from ortools.math_opt.python.mathopt import Variable
+from solvers.linear import Expression, LinearProgram, Variable
 
 UNIT = 1024.0  # bytes
 WINDOW = 5  # phases: a read begins at most so many before its use, a write ends at most so many after its change
@@ -92,16 +87,14 @@ def _gaps(tables: Tables, state: State, s: int, at: list[int]) -> list[Gap]:
     return result
 
 
-class DiskPlan:
+class DiskPlan(LinearProgram):
     """The linear program. `build`, then `solve`."""
 
     def __init__(self, tables: Tables, state: State, phases: int) -> None:
-        from ortools.math_opt.python import mathopt
-
+        super().__init__()
         self.tables, self.state, self.trace = tables, state, state.trace
         self.count, self.phases = len(state.trace.kind), phases
-        self.model = mathopt.Model(name="disk plan")
-        self.room = self.model.add_variable()  # KiB of the budget
+        self.room = self.variable()  # KiB of the budget
         self.gaps = movable_gaps(tables, state, int(TINY_SHARE * tables.problem.budget_bytes))
         times = run_times(tables, state.decisions, state.trace)
         clock = np.cumsum(np.array(times, dtype=np.int64))
@@ -122,14 +115,6 @@ class DiskPlan:
     def group_of(self, event: int) -> int:
         return -1 if event < 0 else len(self.tables.reads) if event >= self.count else self.trace.group[event]
 
-    def share(self) -> Variable:
-        return self.model.add_variable(lb=0.0, ub=1.0)
-
-    def row(self, expression: Expression, least: float = -math.inf, most: float = math.inf) -> None:
-        row = self.model.add_linear_constraint(lb=least - expression.constant, ub=most - expression.constant)
-        for variable, value in expression.terms.items():
-            row.set_coefficient(variable, value)
-
     def build(self) -> None:
         for s, gaps in self.gaps.items():
             if self.tables.problem.storages[s].persistent:
@@ -140,11 +125,11 @@ class DiskPlan:
         length = Expression()
         for busy, disk in zip(self.busy, self.disk, strict=True):
             busy.add(disk, self.tables.problem.interference)
-            phase = self.model.add_variable(lb=0.0)
+            phase = self.variable()
             length.add(phase).add(disk, DISK_US)
             self.row(Expression().add(phase).add(busy, -1.0), 0.0)
             self.row(Expression().add(phase).add(disk, -1.0), 0.0)
-        self.model.minimize_linear_objective(mathopt_sum(length))
+        self.minimise(length)
 
     def add_value(self, s: int, change: int, gaps: list[Gap]) -> None:
         """The gaps of a storage between two changes of it."""
@@ -174,7 +159,7 @@ class DiskPlan:
         first, last = self.phase_of(gap.a), self.phase_of(gap.b)
         if gap.b == self.count:
             self.stay[gap] = self.home[gap.storage]
-        elif self.group_of(gap.a) == self.group_of(gap.b) or (first == last and gap.a >= 0):
+        elif self.stays(gap):
             self.stay[gap] = 1.0
         else:
             self.stay[gap] = self.share()
@@ -184,6 +169,11 @@ class DiskPlan:
             self.row(Expression().add(self.stay[gap]).add(self.reads(gap, last)), 1.0, 1.0)
         for p in range(first, last + 1):
             self.add_presence(gap, p)
+
+    def stays(self, gap: Gap) -> bool:
+        """It is too short for anything else."""
+        in_one_phase = gap.a >= 0 and self.phase_of(gap.a) == self.phase_of(gap.b)
+        return gap.b < self.count and (self.group_of(gap.a) == self.group_of(gap.b) or in_one_phase)
 
     def reads(self, gap: Gap, until: int, half: bool = False) -> Expression:
         """R: the share of the gap's value read up to a phase; half: what is read in that phase counts by half."""
@@ -224,7 +214,7 @@ class DiskPlan:
                 else:
                     local[p].append(gap)
         for p, events in itertools.groupby(self.rows_at(fixed, used), key=lambda event: self.phase[event]):
-            whole_bytes = self.model.add_variable(lb=0.0)
+            whole_bytes = self.variable()
             self.row(Expression().add(whole_bytes).add(through[p], -1.0), 0.0)
             for event in events:
                 row = Expression(constant=float(fixed[event] + sum(self.tables.size[s] for s in used.get(event, ()))) / UNIT).add(whole_bytes)
@@ -232,6 +222,16 @@ class DiskPlan:
                     if gap.a < event < gap.b:
                         row.add(self.there[gap, p], self.tables.size[gap.storage] / UNIT)
                 self.row(row.add(self.room, -1.0), most=0.0)
+
+    def least_bytes(self) -> int:
+        """The peak with everything on disk that may be there: no plan needs less."""
+        fixed, used = self.fixed_bytes()
+        for gap in itertools.chain(*self.gaps.values()):
+            if self.stays(gap):
+                fixed[gap.a + 1 : gap.b] += self.tables.size[gap.storage]
+        for event, storages in used.items():
+            fixed[event] += sum(self.tables.size[s] for s in storages)
+        return int(max((fixed[event] for event, kind in enumerate(self.trace.kind) if kind == RUN), default=0))
 
     def fixed_bytes(self) -> tuple[Ints, dict[int, list[int]]]:
         """Bytes of everything else at each event, and for each event the storages of gaps that it uses."""
@@ -257,25 +257,21 @@ class DiskPlan:
     def solve(self, share: float, seconds: float) -> Decisions | None:
         """The best decisions within a share of the budget; None where there are none, or not in time. What the program would keep in part is kept
         whole or not at all in a second one: half of a large storage is no small error. The rest, where that fails, is rounded."""
-        self.room.lower_bound = self.room.upper_bound = share * self.tables.problem.budget_bytes / UNIT
+        self.lower[self.room] = self.upper[self.room] = share * self.tables.problem.budget_bytes / UNIT
         values = self.run(seconds)
-        if values is None:
+        if not values:
             return None
         kept = (variable for variable in (*self.stay.values(), *self.home.values()) if not isinstance(variable, float))
         parts = [variable for variable in kept if PART < values[variable] < 1 - PART]
-        for variable in parts:
-            variable.integer = True
-        whole = self.run(min(seconds, WHOLE_SECONDS)) if 0 < len(parts) <= MOST_PARTS else None
-        for variable in parts:
-            variable.integer = False
+        whole = self.run(min(seconds, WHOLE_SECONDS), parts) if 0 < len(parts) <= MOST_PARTS else ()
         return self.decisions(whole or values)
 
-    def run(self, seconds: float) -> dict[Variable, float] | None:
-        """The program's solution, or None where it has none in time."""
-        result = highs(self.model, max(seconds, LEAST_SECONDS), WHOLE_GAP)
-        return result.variable_values() if result is not None and result.has_primal_feasible_solution() else None
+    def run(self, seconds: float, whole: Sequence[Variable] = ()) -> Sequence[float]:
+        """The program's solution, with some variables in whole numbers; empty where it has none in time."""
+        answer = self.answer(max(seconds, LEAST_SECONDS), WHOLE_GAP, whole)
+        return answer.values if answer is not None else ()
 
-    def decisions(self, values: dict[Variable, float]) -> Decisions:
+    def decisions(self, values: Sequence[float]) -> Decisions:
         result = self.state.decisions.copy()
         for s, gaps in self.gaps.items():
             result.cuts.pop(s, None)
@@ -297,7 +293,7 @@ def plans(tables: Tables, state: State, phases: int, deadline: float) -> Iterato
     if time.monotonic() > deadline:
         return
     plan = DiskPlan(tables, state, phases)
-    if not plan.gaps:
+    if not plan.gaps or plan.least_bytes() > tables.problem.budget_bytes:
         return
     plan.build()
     for share in SHARES:

@@ -86,12 +86,14 @@ class Eviction:
 @dataclass(slots=True)
 class Rates:
     """How the rounds judge: price_us_per_byte grows with the evictions made; transfers count with a weight < 1
-    where they overlap compute; storages up to tiny_bytes stay; lost storages can't be recomputed."""
+    where they overlap compute; storages up to tiny_bytes stay; lost storages can't be recomputed; kept storages stay, and kept ops run as they do."""
 
     transfer_weight: float
     tiny_bytes: int
     price_us_per_byte: float = 1e-9
     lost: set[int] = field(default_factory=set)
+    kept_storages: frozenset[int] = frozenset()
+    kept_ops: frozenset[int] = frozenset()
 
 
 class Round:
@@ -107,6 +109,7 @@ class Round:
         self.end = np.array(trace.seg_end, dtype=np.int64)
         self.storage: Ints = np.array(trace.inst_storage, dtype=np.int64)[self.instance]
         sizes, pinned = np.array(tables.size, dtype=np.int64), np.array(tables.pinned, dtype=bool)
+        pinned[list(rates.kept_storages)] = True
         self.open = (sizes[self.storage] > rates.tiny_bytes) & ~pinned[self.storage] & (self.end - self.start > 1)
         self.evicted = np.zeros(len(self.start), dtype=bool)
         self.birth = np.array(trace.inst_birth, dtype=np.int64)
@@ -196,6 +199,8 @@ class Round:
 
     def lighter(self, op: int) -> list[int]:
         """Choices of the op that take less memory than its present one."""
+        if op in self.rates.kept_ops:
+            return []
         now = self.taken(self.choices(op)[self.decisions.choice[op]])
         return [k for k, choice in enumerate(self.choices(op)) if self.taken(choice) < now]
 

@@ -52,7 +52,8 @@ def _without(tables: Tables, state: State, group: list[Undo], weight: float) -> 
     decisions = state.decisions.copy()
     for undo in group:
         undo.apply(decisions)
-    return repaired(tables, decisions, weight)
+    storages, ops = {undo.storage for undo in group if undo.storage >= 0}, {op for undo in group for op, _ in undo.ways}
+    return repaired(tables, decisions, weight, frozenset(storages), frozenset(ops)) or repaired(tables, decisions, weight)
 
 
 def _groups(tables: Tables, state: State, weight: float) -> list[list[Undo]]:

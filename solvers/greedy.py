@@ -95,14 +95,18 @@ def next_state(tables: Tables, state: State, target_bytes: int, rates: Rates) ->
             rates.lost.add(error.storage)
 
 
-def repaired(tables: Tables, decisions: Decisions, weight: float) -> State | None:
-    """The state of the decisions, with evictions where it exceeds the budget; None if that fails. weight: of transfers."""
+def repaired(
+    tables: Tables, decisions: Decisions, weight: float, storages: frozenset[int] = frozenset(), ops: frozenset[int] = frozenset()
+) -> State | None:
+    """The state of the decisions, with evictions where it exceeds the budget; None if that fails. weight: of transfers. What is evicted is none of
+    the storages, and none of the ops runs in another way."""
     budget_bytes = tables.problem.budget_bytes
     try:
         current = evaluate(tables, decisions)
     except DecodeError:
         return None
-    rates = Rates(weight, 0 if len(tables.problem.ops) <= SMALL_OPS else int(budget_bytes * TINY_FRACTION))
+    tiny_bytes = 0 if len(tables.problem.ops) <= SMALL_OPS else int(budget_bytes * TINY_FRACTION)
+    rates = Rates(weight, tiny_bytes, kept_storages=storages, kept_ops=ops)
     for _ in range(REPAIRS):
         if current.profile.peak_bytes <= budget_bytes:
             return current

@@ -6,11 +6,9 @@ import itertools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from solvers.linear import Expression
+from solvers.linear import Expression, Variable
 
 if TYPE_CHECKING:
-    from ortools.math_opt.python.mathopt import Variable
-
     from solvers.milp import Residency
 
 UNIT = 1024.0  # bytes: memory rows are in KiB
@@ -59,7 +57,7 @@ class Memory:
         need, after = self.m.need(s, q), self.m.after(s, q)
         if need.constant or not need.terms:
             return 1.0 if need.constant else after
-        both = self.m.model.add_variable(lb=0.0, ub=1.0)
+        both = self.m.share()
         self.m.row(Expression().add(both).add(need, -1.0), 0.0)
         self.m.row(Expression().add(both).add(after, -1.0), 0.0)
         return both
@@ -107,7 +105,7 @@ class Memory:
         for b in range(-(-len(self.rows) // BLOCK_ROWS)):
             change = carried.get(b)
             if previous is None or change:
-                now = self.m.model.add_variable(lb=0.0, ub=self.m.budget / UNIT)
+                now = self.m.variable(0.0, self.m.budget / UNIT)
                 balance = Expression().add(change or Expression(), 1 / UNIT).add(now, -1.0)
                 self.m.row(balance.add(previous) if previous is not None else balance, 0.0, 0.0)
                 previous = now
@@ -138,7 +136,7 @@ class Life:
             following: Variable | float = model.after(s, q) if s in model.local[q] else 0.0
             self.end = following
             for j in reversed(self.users):
-                variable = model.model.add_variable(lb=0.0, ub=1.0)
+                variable = model.share()
                 model.row(Expression().add(variable).add(model.rerun[roots[j], q], -1.0), 0.0)
                 model.row(Expression().add(variable).add(following, -1.0), 0.0)
                 self.chain.insert(0, variable)

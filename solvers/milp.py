@@ -21,18 +21,14 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
 
 from solvers.blocks import LONG_SHARE, Blocks, Builder, Item
 from solvers.bounds import always_live
 from solvers.closure_cuts import add_closures
 from solvers.decode import Decisions, Tables
-from solvers.linear import Expression, highs, mathopt_sum, total
+from solvers.linear import Answer, Expression, LinearProgram, Variable, total
 from solvers.memory_rows import Memory
-
-if TYPE_CHECKING:
-    from ortools.math_opt.python.mathopt import Model, SolveResult, Variable
 
 LEAST_RATE = 0.02  # of a transfer's duration, where it delays compute by less: it isn't hidden always
 DISK_SHARE = 0.9  # of the step, that the disk may be busy
@@ -48,16 +44,15 @@ CROWDED_SHARE = 0.5
 MENU_SHARE = 0.1
 
 
-class Residency:
+class Residency(LinearProgram):
     """The model of one coarse problem. `build`, then `solve`."""
 
     def __init__(self, blocks: Blocks, budget_bytes: int) -> None:
-        from ortools.math_opt.python import mathopt
-
+        super().__init__()
         self.blocks, self.tables, self.budget = blocks, blocks.tables, budget_bytes
         self.problem = blocks.tables.problem
         self.count = len(self.problem.ops)
-        self.model: Model = mathopt.Model(name="residency")
+        self.binaries: list[Variable] = []
         self.rate = max(LEAST_RATE, self.problem.interference)
         self.points = {s: item.points() for s, item in blocks.items.items()}
         self.stay: dict[tuple[int, int], Variable | float] = {}  # (item, use): from the use before it
@@ -82,17 +77,11 @@ class Residency:
         Memory(self).build()
         self.add_disk()
         add_closures(self)
-        self.model.minimize_linear_objective(mathopt_sum(self.cost))
+        self.minimise(self.cost)
 
     def binary(self) -> Variable:
-        return self.model.add_binary_variable()
-
-    def row(self, expression: Expression, least: float = -math.inf, most: float = math.inf) -> None:
-        """least <= expression <= most."""
-        row = self.model.add_linear_constraint(lb=least - expression.constant, ub=most - expression.constant)
-        for variable, value in expression.terms.items():
-            if value:
-                row.set_coefficient(variable, value)
+        self.binaries.append(self.share())
+        return self.binaries[-1]
 
     def add_ways(self) -> None:
         """x: exactly one way for each op with a menu."""
@@ -229,47 +218,38 @@ class Residency:
             return
         self.row(Expression().add(self.disk).add(self.cost, -DISK_SHARE), most=DISK_SHARE * (self.base_us() - self.cost.constant))
 
-    def binaries(self) -> list[Variable]:
-        return [v for v in self.model.variables() if v.integer]
-
-    def relax(self, seconds: float) -> SolveResult | None:
+    def relax(self, seconds: float) -> Answer | None:
         """The linear relaxation, or None where it has no solution in time."""
-        variables = self.binaries()
-        for variable in variables:
-            variable.integer = False
-        result = self.run(seconds)
-        for variable in variables:
-            variable.integer = True
-        return result if result is not None and result.termination.reason.name == "OPTIMAL" else None
+        relaxed = self.run(seconds)
+        return relaxed if relaxed is not None and relaxed.optimal else None
 
-    def run(self, seconds: float) -> SolveResult | None:
+    def run(self, seconds: float, whole: Sequence[Variable] = ()) -> Answer | None:
         """What HiGHS finds in time; None where that is nothing."""
-        result = highs(self.model, seconds, RELATIVE_GAP) if seconds >= LEAST_SECONDS else None
-        return result if result is not None and result.has_primal_feasible_solution() else None
+        answer = self.answer(seconds, RELATIVE_GAP, whole) if seconds >= LEAST_SECONDS else None
+        return answer if answer is not None and answer.values else None
 
-    def fix_core(self, relaxed: SolveResult, worth_us: float) -> None:
+    def fix_core(self, relaxed: Answer, worth_us: float) -> None:
         """Fix what the relaxation sets to 0 or 1 and would change for more than worth_us each: the rest, the core, is small."""
-        values, prices = relaxed.variable_values(), relaxed.reduced_costs()
-        for variable in self.binaries():
-            if values[variable] < EPSILON and prices[variable] > worth_us:
-                variable.upper_bound = 0.0
-            elif values[variable] > 1 - EPSILON and prices[variable] < -worth_us:
-                variable.lower_bound = 1.0
+        for variable in self.binaries:
+            if relaxed.values[variable] < EPSILON and relaxed.prices[variable] > worth_us:
+                self.upper[variable] = 0.0
+            elif relaxed.values[variable] > 1 - EPSILON and relaxed.prices[variable] < -worth_us:
+                self.lower[variable] = 1.0
 
     def free_core(self) -> None:
-        for variable in self.binaries():
-            variable.lower_bound, variable.upper_bound = 0.0, 1.0
+        for variable in self.binaries:
+            self.lower[variable], self.upper[variable] = 0.0, 1.0
 
-    def rounded(self, relaxed: SolveResult, threshold: float) -> Decisions:
+    def rounded(self, relaxed: Answer, threshold: float) -> Decisions:
         """The relaxation as decisions: what it keeps or does by more than the threshold. They may exceed the budget a little."""
-        return self.decisions({variable: value - threshold + 0.5 for variable, value in relaxed.variable_values().items()})
+        return self.decisions([value - threshold + 0.5 for value in relaxed.values])
 
-    def core(self, relaxed: SolveResult, worth_us: float, seconds: float) -> SolveResult | None:
+    def core(self, relaxed: Answer, worth_us: float, seconds: float) -> Answer | None:
         """The core as a mixed-integer program; None where it has no solution in time."""
         self.fix_core(relaxed, worth_us)
-        result = self.run(seconds)
+        answer = self.run(seconds, self.binaries)
         self.free_core()
-        return result
+        return answer
 
     def base_us(self) -> float:
         """Microseconds that the objective leaves out: every op once that must run, except those with a menu; and its constant."""
@@ -277,11 +257,11 @@ class Residency:
         once = sum(op.choices[k].time_us for index, (op, k) in enumerate(ops) if index not in self.blocks.menu and not op.optional)
         return once + self.cost.constant
 
-    def time_us(self, result: SolveResult) -> float:
+    def time_us(self, answer: Answer) -> float:
         """What the step takes, as the model sees it."""
-        return float(result.objective_value()) + self.base_us() - self.cost.constant
+        return answer.objective + self.base_us() - self.cost.constant
 
-    def decisions(self, values: dict[Variable, float]) -> Decisions:
+    def decisions(self, values: Sequence[float]) -> Decisions:
         """Values as decisions: a cut for every gap that isn't kept, and for the interior of what runs again."""
 
         def chosen(variable: Variable | float) -> bool:
@@ -342,8 +322,8 @@ def plans(tables: Tables, choice: list[int], deadline: float) -> Iterator[Decisi
     for threshold in THRESHOLDS:
         yield model.rounded(relaxed, threshold)
     for worth in CORES:
-        result = model.core(relaxed, worth * model.base_us(), deadline - time.monotonic())
-        if result is not None:
-            yield model.decisions(result.variable_values())
-            if model.time_us(result) <= GOOD_CORE * model.time_us(relaxed):
+        answer = model.core(relaxed, worth * model.base_us(), deadline - time.monotonic())
+        if answer is not None:
+            yield model.decisions(answer.values)
+            if model.time_us(answer) <= GOOD_CORE * model.time_us(relaxed):
                 return

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Sequence
 
 from solvers.bounds import least_alone_bytes, roofline_us
-from solvers.linear import highs
 from solvers.order_program import Facts, Program
 from solvers.problem import Problem
 
@@ -125,16 +124,11 @@ def _bound_us(facts: Facts, moments: Sequence[int], deadline: float, gap: float 
         return 0
     if time.monotonic() > deadline:
         return 0
-    whole = gap is not None
-    program = Program(facts, moments, whole and not large)
+    program = Program(facts, moments)
     program.build()
-    if large:
-        program.keep_whole(large * facts.problem.budget_bytes)
-    result = highs(program.model, max(deadline - time.monotonic(), LEAST_SECONDS), gap)
-    if result is None:
+    whole = program.large(large * facts.problem.budget_bytes) if large else program.decided if gap is not None else []
+    answer = program.answer(max(deadline - time.monotonic(), LEAST_SECONDS), gap, whole)
+    if answer is None or (gap is None and not answer.optimal):
         return 0
-    optimal = result.termination.reason.name == "OPTIMAL"
-    if not optimal and not whole:
-        return 0
-    proven = result.best_objective_bound() if whole else result.objective_value()
+    proven = answer.objective if gap is None else answer.bound
     return math.floor(proven * (1 - SAFE)) if math.isfinite(proven) else 0

@@ -24,15 +24,11 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from solvers.bounds import alone_bytes, always_live, bytes_of
 from solvers.decode import Tables, Value
-from solvers.linear import Expression, mathopt_sum, total
+from solvers.linear import Expression, LinearProgram, Variable, total
 from solvers.problem import Op, Problem
-
-if TYPE_CHECKING:
-    from ortools.math_opt.python.mathopt import Variable
 
 UNIT = 1024.0  # bytes
 
@@ -58,17 +54,15 @@ class Facts:
         return result
 
 
-class Program:
-    """The linear program for some moments, in order: the first runs of these ops. phase[o]: that of op o's first run.
-    `whole`: in whole numbers."""
+class Program(LinearProgram):
+    """The linear program for some moments, in order: the first runs of these ops. phase[o]: that of op o's first run. decided: the variables that a
+    schedule gives in whole numbers."""
 
-    def __init__(self, facts: Facts, moments: Sequence[int], whole: bool = False) -> None:
-        from ortools.math_opt.python import mathopt
-
+    def __init__(self, facts: Facts, moments: Sequence[int]) -> None:
+        super().__init__()
         self.problem, self.tables, self.pinned, self.needs = facts.problem, facts.tables, facts.pinned, facts.needs
-        self.ignored, self.whole = facts.ignored, whole
+        self.ignored, self.decided = facts.ignored, list[Variable]()
         self.starts = (0, *moments)  # the op with which each phase begins
-        self.model = mathopt.Model(name="order bound")
         self.phase = [bisect_right(moments, op) for op in range(len(self.needs))]
         self.phases = range(len(self.starts))
         self.kept: dict[tuple[int, Value], Variable] = {}
@@ -91,7 +85,7 @@ class Program:
         for k in self.phases:
             for value in useful[k]:
                 if k:
-                    self.kept[k, value] = self.share()
+                    self.kept[k, value] = self.decision()
                 self.bring(k, value)
         for k in self.phases[1:] if len(self.phases) > 2 else ():
             for value in useful[k]:
@@ -106,20 +100,14 @@ class Program:
                 self.postpone(k, value)
         self.add_clocks()
 
-    def keep_whole(self, least_bytes: float) -> None:
-        """K and H in whole numbers for storages above so many bytes."""
-        for (_, (s, _)), kept in self.kept.items():
-            kept.integer = self.tables.size[s] > least_bytes
-        for s, home in self.home.items():
-            home.integer = self.tables.size[s] > least_bytes
+    def large(self, least_bytes: float) -> list[Variable]:
+        """K and H of storages above so many bytes."""
+        kept = [variable for (_, (s, _)), variable in self.kept.items() if self.tables.size[s] > least_bytes]
+        return kept + [variable for s, variable in self.home.items() if self.tables.size[s] > least_bytes]
 
-    def row(self, expression: Expression, least: float = -math.inf, most: float = math.inf) -> None:
-        row = self.model.add_linear_constraint(lb=least - expression.constant, ub=most - expression.constant)
-        for variable, value in expression.terms.items():
-            row.set_coefficient(variable, value)
-
-    def share(self) -> Variable:
-        return self.model.add_variable(lb=0.0, ub=1.0, is_integer=self.whole)
+    def decision(self) -> Variable:
+        self.decided.append(self.share())
+        return self.decided[-1]
 
     def add_ways(self) -> None:
         """X: of each op that must run, one way."""
@@ -131,7 +119,7 @@ class Program:
                 busy.add(float(op.choices[0].time_us))
                 continue
             for c, choice in enumerate(op.choices):
-                self.way[o, c] = self.share()
+                self.way[o, c] = self.decision()
                 busy.add(self.way[o, c], choice.time_us)
             self.row(self.ways(o, range(len(op.choices))), 1.0, 1.0)
 
@@ -148,7 +136,7 @@ class Program:
         start = Expression(constant=float(self.base_bytes()))
         for s, may in enumerate(self.tables.may_leave):
             if may and s not in self.ignored:
-                self.home[s] = self.share()
+                self.home[s] = self.decision()
                 start.add(self.home[s], self.tables.size[s])
         self.row(start.scaled(1 / UNIT), most=self.problem.budget_bytes / UNIT)
 
@@ -163,7 +151,7 @@ class Program:
     def write(self, k: int, value: Value) -> None:
         """W: the value may be written in phase k, where it is in memory."""
         if (k, value) not in self.written:
-            self.written[k, value] = self.share()
+            self.written[k, value] = self.decision()
             self.transfer(k, self.written[k, value], self.tables.write_us[value[0]])
 
     def forced(self, o: int) -> list[Value]:
@@ -202,7 +190,7 @@ class Program:
             for phase in range(made, k + 1):
                 self.write(phase, value)
         if (at_home or self.tables.may_spill[s]) and not (optional and k == 0):
-            self.fetched[k, value] = self.share()
+            self.fetched[k, value] = self.decision()
             self.transfer(k, self.fetched[k, value], self.tables.read_us[s])
             self.row(self.on_disk(k, value).add(self.fetched[k, value], -1.0), 0.0)
             if optional:
@@ -226,7 +214,7 @@ class Program:
 
     def run_again(self, k: int, o: int) -> None:
         if o >= 0 and (k, o) not in self.again and self.may_run(k, o):
-            self.again[k, o] = self.share()
+            self.again[k, o] = self.decision()
             self.busy[k].add(self.again[k, o], min(choice.time_us for choice in self.problem.ops[o].choices))
 
     def available(self, k: int, value: Value, read: bool = True) -> Expression | None:
@@ -308,7 +296,7 @@ class Program:
         """N: the share of a value that is not on disk is there only if it was kept since it was made. Without it two halves of one half would do."""
         if (k, value) not in self.fetched:
             return
-        never = self.off_disk[k, value] = self.share()
+        never = self.off_disk[k, value] = self.decision()
         self.row(Expression().add(self.kept[k, value]).add(never, -1.0), 0.0)
         before = self.available(k - 1, value, read=False)
         if before is None:
@@ -323,7 +311,7 @@ class Program:
         for number, (transfers, us) in enumerate(((self.fetched, self.tables.read_us), (self.written, self.tables.write_us))):
             if (k - 1, value) not in transfers:
                 continue
-            late = self.late[number, k, value] = self.model.add_variable(lb=0.0, ub=1.0)
+            late = self.late[number, k, value] = self.share()
             asked = Expression().add(transfers[k - 1, value])
             if (number, k - 1, value) in self.late:
                 asked.add(self.late[number, k - 1, value])
@@ -338,11 +326,11 @@ class Program:
         """The step takes as long as its phases, each of them as long as either clock."""
         length = Expression()
         for clocks in zip(self.busy, self.disk, strict=True):
-            phase = self.model.add_variable(lb=0.0)
+            phase = self.variable()
             length.add(phase)
             for clock in clocks:
                 self.row(Expression().add(phase).add(clock, -1.0), 0.0)
-        self.model.minimize_linear_objective(mathopt_sum(length))
+        self.minimise(length)
 
 
 def _with_fitting_ways(problem: Problem, pinned: frozenset[int]) -> Problem:

@@ -31,6 +31,7 @@ SEARCH_ROUNDS = 400
 GOOD_ENOUGH = 1.005  # times the bound: no second greedy path
 EXACT_OPS = 40
 EXCHANGE_SHARE = 0.5  # of the time for a search, before it
+FINISHED_BY = 0.95  # of the time limit: what is begun by then has to be placed and replayed
 ALL_USED = 0.9  # of the budget
 BASE_ORDER_SHARE = 0.5  # of the time, where the order is free as well
 DISK_MATTERS = 0.02  # of the compute, that transfers take: then what goes to disk is planned
@@ -99,7 +100,7 @@ def solve(
     best, roofline = Best(problem), roofline_us(problem)
     for hint in hints:
         best.offer(hint, "hint")
-    deadline, modelled = time.monotonic() + time_limit_s, effort != "fast" and len(problem.ops) > EXACT_OPS
+    deadline, modelled = time.monotonic() + FINISHED_BY * time_limit_s, effort != "fast" and len(problem.ops) > EXACT_OPS
     with nullcontext(Bounds(roofline, roofline)) if effort == "fast" else bounding(problem, time_limit_s) as bounds:
         course = Course(Tables(problem), best, deadline, seed, progress, bounds, modelled)
         smallest_found, exact_bound = _pursue(course, effort, time_limit_s)
@@ -218,14 +219,16 @@ def _offer_search(course: Course) -> None:
     for state, weight in sorted(course.states, key=lambda pair: judge(pair[0]) if judge else score(pair[0], pair[1])):
         starts.setdefault(weight, state)
     for number, (weight, state) in enumerate(starts.items(), 1):
-        if best.report is None or best.report.time_us <= course.bounds.ordered_us:
-            return
         left = course.deadline - time.monotonic()
+        if best.report is None or best.report.time_us <= course.bounds.ordered_us or left <= 0:
+            return
         until = time.monotonic() + (left if number == len(starts) else left / 2)
-        state = exchanged(tables, state, weight, time.monotonic() + EXCHANGE_SHARE * (until - time.monotonic()))
-        offer_state(tables, best, state, "exchange")
-        found = search(tables, state, weight, until, SEARCH_ROUNDS, course.seed, course.progress, judge)
-        offer_state(tables, best, found, f"{best.method} and search" if best.method == "model" else "search")
+        changed = exchanged(tables, state, weight, time.monotonic() + EXCHANGE_SHARE * (until - time.monotonic()))
+        if changed is not state:
+            offer_state(tables, best, changed, "exchange")
+        found = search(tables, changed, weight, until, SEARCH_ROUNDS, course.seed, course.progress, judge)
+        if found is not changed:
+            offer_state(tables, best, found, f"{best.method} and search" if best.method == "model" else "search")
 
 
 def _offer_reordered(course: Course) -> None:

@@ -37,6 +37,8 @@ def placed(tables: Tables, state: State, horizons: Sequence[float] = HORIZONS) -
         moves = placement.run()
         if best is None or placement.clock < best[0]:
             best = placement.clock, moves
+        if not placement.held_back:  # a longer horizon is the same walk
+            break
     assert best is not None
     return best
 
@@ -52,6 +54,7 @@ class Placement:
         self.before_us = [0, *np.cumsum(np.array(self.times, dtype=np.int64)).tolist()]
         self.reads = [event for event, kind in enumerate(trace.kind) if kind == READ]
         self.horizon_us = horizon * self.before_us[-1]
+        self.held_back = False  # a read could not begin yet because of the horizon
         self.next_read = 0
         self.moves: Moves = {}
         self.done: dict[int, int] = {}  # read event -> time at which it is complete
@@ -168,7 +171,10 @@ class Placement:
             self.next_read += 1
         now_bytes = self.slack[event]
         for read in self.reads[self.next_read : self.next_read + LOOKAHEAD]:
-            if read > before or self.before_us[read] - self.before_us[event] > self.horizon_us:
+            if read > before:
+                return -1
+            if self.before_us[read] - self.before_us[event] > self.horizon_us:
+                self.held_back = True
                 return -1
             if read in self.done or self.blocked[read] > event:
                 continue

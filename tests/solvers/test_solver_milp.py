@@ -40,15 +40,15 @@ def test_solutions_of_the_model_keep_its_promises(problem: Problem) -> None:
         tables = Tables(problem.with_budget(budget))
         model = Residency(coarse(tables, first_decisions(tables).choice), budget)
         model.build()
-        result = model.run(30.0)
+        result = model.run(30.0, model.binaries)
         if result is None:  # the coarse problem has no solution in this budget
             continue
         found += 1
-        state = evaluate(tables, model.decisions(result.variable_values()))
+        state = evaluate(tables, model.decisions(result.values))
         schedule = emit(tables, state.decisions, state.trace, synchronous(state.trace))
         assert replay(tables.problem, schedule, enforce_budget=False).peak_bytes <= 1.05 * budget
         estimate = state.profile.compute_us + model.rate * state.profile.transfer_us
-        assert estimate <= 1.02 * (result.objective_value() + model.base_us())
+        assert estimate <= 1.02 * (result.objective + model.base_us())
     assert found
 
 
@@ -58,10 +58,10 @@ def test_relaxation_is_below_its_solutions(problem: Problem) -> None:
     tables = Tables(problem.with_budget(budgets(problem, 3)[2]))
     model = Residency(coarse(tables, first_decisions(tables).choice), tables.problem.budget_bytes)
     model.build()
-    relaxed, result = model.relax(30.0), model.run(30.0)
+    relaxed, result = model.relax(30.0), model.run(30.0, model.binaries)
     assert relaxed is not None
     assert result is not None
-    assert relaxed.objective_value() <= result.objective_value() * (1 + 1e-6) + 1e-3
+    assert relaxed.objective <= result.objective * (1 + 1e-6) + 1e-3
 
 
 @pytest.mark.parametrize("problem", [*CHAINS[1:], TINY], ids=range(len(CHAINS)))
