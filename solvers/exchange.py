@@ -3,7 +3,8 @@
 Each eviction of a greedy path is the cheapest at its time, and refilling takes one back only where its bytes are free. Where everything is on the
 verge no single one helps: a recompute in each of 24 layers may cost more than the spill that would spare it, but only all 24 together lower the peak
 of the step. What equal layers decide alike is therefore taken back in all of them, the greedy path's own evictions make room again, and both clocks
-judge; then the halves of groups that didn't help are tried.
+judge; then the halves of groups that didn't help are tried. What was taken back isn't evicted again, unless nothing else makes room: the path took it
+because it was the cheapest for each byte, which says nothing of all its bytes.
 """
 
 from __future__ import annotations
@@ -34,9 +35,7 @@ def exchanged(tables: Tables, state: State, weight: float, deadline: float = mat
     while groups and (time.monotonic() < deadline if deadline < math.inf else trials > 0 and idle < PATIENCE):
         trials, idle, group = trials - 1, idle + 1, groups.popleft()
         changed = _without(tables, state, group, weight)
-        if changed is not None and _clocks(changed) == _clocks(state):
-            continue  # the same was evicted again
-        if changed is not None and (value := judge(changed)) < least:
+        if changed is not None and _clocks(changed) != _clocks(state) and (value := judge(changed)) < least:
             state, least, idle = changed, value, 0
         elif len(group) > 1:
             groups += [group[: len(group) // 2], group[len(group) // 2 :]]
@@ -48,7 +47,7 @@ def _clocks(state: State) -> tuple[int, int]:
 
 
 def _without(tables: Tables, state: State, group: list[Undo], weight: float) -> State | None:
-    """The state without the group's decisions, within the budget again; None if that fails."""
+    """The state without the group's decisions, within the budget again by others or, if need be, by some of the same; None if that fails."""
     decisions = state.decisions.copy()
     for undo in group:
         undo.apply(decisions)

@@ -31,7 +31,8 @@ SEARCH_ROUNDS = 400
 GOOD_ENOUGH = 1.005  # times the bound: no second greedy path
 EXACT_OPS = 40
 EXCHANGE_SHARE = 0.5  # of the time for a search, before it
-FINISHED_BY = 0.95  # of the time limit: what is begun by then has to be placed and replayed
+FINISHED_BY = 0.92  # of the time limit: what is begun by then has to be placed and replayed
+ANSWERED_BY = 0.98  # of the time limit: no better bound is waited for
 ALL_USED = 0.9  # of the budget
 BASE_ORDER_SHARE = 0.5  # of the time, where the order is free as well
 DISK_MATTERS = 0.02  # of the compute, that transfers take: then what goes to disk is planned
@@ -101,7 +102,7 @@ def solve(
     for hint in hints:
         best.offer(hint, "hint")
     deadline, modelled = time.monotonic() + FINISHED_BY * time_limit_s, effort != "fast" and len(problem.ops) > EXACT_OPS
-    with nullcontext(Bounds(roofline, roofline)) if effort == "fast" else bounding(problem, time_limit_s) as bounds:
+    with nullcontext(Bounds(roofline, roofline)) if effort == "fast" else bounding(problem, ANSWERED_BY * time_limit_s) as bounds:
         course = Course(Tables(problem), best, deadline, seed, progress, bounds, modelled)
         smallest_found, exact_bound = _pursue(course, effort, time_limit_s)
         if best.schedule is None or best.report is None:
@@ -137,8 +138,10 @@ def _offer_paths_and_models(course: Course) -> tuple[list[int], Course]:
         smallest_found += _offer_greedy(course, DISK_WEIGHTS)
         offer_plans(course)
         offer_model(course)
-    elif course.modelled:  # the model leaves as much time to the second path as the first one took
-        offer_model(replace(course, deadline=course.deadline - (time.monotonic() - before)))
+    elif course.modelled:  # the model leaves as much time to the second path as the first one took, if there is so much
+        taken = time.monotonic() - before
+        second_fits = time.monotonic() + taken < course.deadline
+        offer_model(replace(course, deadline=course.deadline - taken) if second_fits else course)
         smallest_found += _offer_greedy(course)
     if course.modelled and disk_share(course) >= DISK_MATTERS:
         offer_plans(course)

@@ -73,8 +73,16 @@ def test_the_disk_waits_for_what_it_moves() -> None:
     assert 299 <= bound_of(problem, 0, 1) <= 401
 
 
+STEPS = [
+    pytest.param(layered(1, 40), id="40"),
+    pytest.param(layered(2, 60), id="60"),
+    pytest.param(transformer(1, 32, 16), id="transformer"),
+    pytest.param(transformer(3, 32, 16), id="layers", marks=pytest.mark.slow),  # in whole numbers HiGHS takes all the time that it is given
+]
+
+
 @pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
-@pytest.mark.parametrize("problem", [layered(1, 40), layered(2, 60), transformer(3, 32, 16)], ids=["40", "60", "transformer"])
+@pytest.mark.parametrize("problem", STEPS)
 def test_below_what_is_found(problem: Problem, share: float) -> None:
     """Whole steps, with recomputes, transfers and homes on disk."""
     problem = problem.with_budget(int(share * replay(problem, keep_all(problem), False).peak_bytes))
