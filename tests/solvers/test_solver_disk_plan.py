@@ -86,3 +86,20 @@ def test_a_step_with_streamed_weights() -> None:
 def test_no_time() -> None:
     tables = Tables(updates(6, 400))
     assert not list(plans(tables, evaluate(tables, first_decisions(tables)), 8, time.monotonic() - 1.0))
+
+
+@pytest.mark.parametrize("phases", [1, 2, 4, 24])
+def test_what_has_to_stay_says_where_no_plan_fits(phases: int) -> None:
+    """Below it the program has no solution; with enough room it has one. In one phase everything that is used twice stays."""
+    kept = 0
+    for budget in (90, 250, 640, 1300, 2600):
+        problem = updates(12, budget)
+        tables = Tables(problem)
+        plan = DiskPlan(tables, evaluate(tables, first_decisions(tables)), phases)
+        plan.build()
+        if plan.least_bytes() > budget:
+            kept += 1
+            assert plan.solve(1.0, 20.0) is None
+        elif budget >= 1300:
+            assert plan.solve(1.0, 20.0) is not None
+    assert kept >= (3 if phases == 1 else 1)
