@@ -2,7 +2,7 @@
 
 First-fit in several orders (by size, area, start), then a local search that moves what ends highest to the front of
 the order, then the exact search of `pack`, at the maximum load first and between it and the arena found where that
-ends without an answer.
+ends without an answer. At last a few large ones are packed exactly, and what ends too high of the others joins them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,13 @@ from solvers.schedule import Free, Prefetch, Run, Schedule
 
 ALIGNMENT_BYTES = 64
 SEARCH_WORK = 40_000  # lifespans placed by the local search, roughly
-PACK_WORK = 1 << 32  # of the exact search, in its units: four seconds at most
+PACK_WORK = 1 << 32  # of the exact search, in its units: four seconds at most, and as many again where large ones are joined by others
 HEIGHTS = 6  # that the exact search is tried at
 LARGE = (50, 300, 2000)  # lifespans of more than this part of the arena are packed exactly, at first
+GROWN_FROM = 20  # likewise, before what doesn't fit into their holes joins them
+GROWTHS, GROWTH_WORK = 64, 100_000  # times that it does; and lifespans placed by first-fit then, roughly
+FAILURES = 12  # of the exact search
+LEAST_GROWTH = 10  # lifespans
 
 
 class OffsetError(ValueError):
@@ -130,6 +134,8 @@ def place(
     arena, offsets, _ = best if fixed else _search(best, items, sizes, spans, enough, seed)
     if arena > enough and len({item.align for item in items}) == 1 and not fixed:
         arena, offsets, bound = _exact((arena, offsets, bound), items, sizes, spans, enough, work, seed)
+        if arena > enough:
+            arena, offsets, bound = _grown((arena, offsets, bound), items, sizes, spans, enough, work, seed)
     placement = Placement(tuple(offsets.tolist()), arena, bound)
     check_offsets(items, placement)
     return placement
@@ -245,6 +251,44 @@ def _exact(
                 failed = height
             else:
                 arena, offsets = top, tried
+    return arena, offsets, bound
+
+
+def _grown(
+    best: tuple[int, NDArray[np.int64], int],
+    items: Sequence[Lifespan],
+    sizes: NDArray[np.int64],
+    spans: NDArray[np.int64],
+    enough: int,
+    work: int,
+    seed: int,
+) -> tuple[int, NDArray[np.int64], int]:
+    """(arena, offsets, bound) made better: of the others, those that end above `enough` join the large lifespans, highest first, again and again;
+    fewer of them where they have no answer together."""
+    arena, offsets, bound = best
+    some = np.flatnonzero((sizes > 0) & (spans[:, 0] < spans[:, 1]))
+    large = some[sizes[some] * GROWN_FROM >= bound]
+    joining, failures = some[:0], 0
+    for _ in range(min(GROWTHS, GROWTH_WORK // (len(some) + 1))):
+        tried = np.union1d(large, joining)
+        found = pack(spans[tried, 0], spans[tried, 1], sizes[tried], enough, work // GROWTHS, seed)
+        if found.offsets is None:
+            failures += 1
+            joining = joining[: len(joining) // 2]
+            if not len(joining) or failures == FAILURES:
+                break
+            continue
+        large, rest = tried, np.setdiff1d(some, tried)
+        order = rest[np.lexsort((-sizes[rest], spans[rest, 0] - spans[rest, 1]))]
+        filled = _first_fit(order.tolist(), items, sizes, spans, (large, found.offsets))
+        tops = (filled + sizes)[rest]
+        top = max(enough, int(tops.max(initial=0)))
+        if top < arena:
+            arena, offsets = top, filled
+        if top == enough:
+            break
+        above = rest[np.argsort(-tops, kind="stable")][: int((tops > enough).sum())]
+        joining = above[: max(LEAST_GROWTH, len(above) // 4)]
     return arena, offsets, bound
 
 

@@ -5,6 +5,7 @@ import random
 import pytest
 from generators import layered, transformer
 
+from solvers import offsets
 from solvers.baselines import keep_all
 from solvers.check import replay
 from solvers.offsets import Lifespan, OffsetError, Placement, check_offsets, lifespans, max_load_bytes, place
@@ -110,3 +111,15 @@ def test_lifespans_of_a_schedule_carry_its_memory(problem) -> None:  # type: ign
 def test_placement_is_deterministic() -> None:
     """The same lifespans and seed give the same offsets."""
     assert place(spans(7, 200), seed=3) == place(spans(7, 200), seed=3)
+
+
+def test_what_ends_too_high_joins_what_is_packed_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """300 lifespans of mixed sizes, with little work for the search: large ones and those that their holes have no place for fit below the most
+    bytes at once, which all of them together, or the large ones alone, did not."""
+    draw, items = random.Random(0), []
+    for k in range(300):
+        start = draw.randrange(400)
+        items.append(Lifespan(k, start, start + 1 + int(draw.expovariate(1 / 40)), 64 * draw.choice([1, 2, 3, 7, 11, 20, 45, 200])))
+    grown = place(items, work=1 << 28)
+    monkeypatch.setattr(offsets, "_grown", lambda best, *_: best)
+    assert place(items, work=1 << 28).arena_bytes > grown.arena_bytes == max_load_bytes(items)
