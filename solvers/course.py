@@ -78,8 +78,11 @@ def weights_of(problem: Problem) -> list[float]:
     return sorted({max(weight, problem.interference) for weight in TRANSFER_WEIGHTS})
 
 
-def offer_state(tables: Tables, best: Best, state: State, method: str) -> None:
-    """Offer the state's schedule with synchronous and with overlapped transfers."""
+def offer_state(tables: Tables, best: Best, state: State, method: str, before: State | None = None) -> None:
+    """Offer the state's schedule with synchronous and with overlapped transfers. before: what it was made from, offered already; it may still be
+    that."""
+    if state is before:
+        return
     decisions, trace = state.decisions, state.trace
     best.offer(emit(tables, decisions, trace, synchronous(trace)), method)
     if state.profile.transfer_us:

@@ -96,6 +96,7 @@ class DiskPlan(LinearProgram):
         self.count, self.phases = len(state.trace.kind), phases
         self.room = self.variable()  # KiB of the budget
         self.gaps = movable_gaps(tables, state, int(TINY_SHARE * tables.problem.budget_bytes))
+        self.fixed_bytes, self.using = self.bytes_beside_gaps()
         times = run_times(tables, state.decisions, state.trace)
         clock = np.cumsum(np.array(times, dtype=np.int64))
         self.phase: list[int] = np.minimum((clock - times) * phases // max(1, int(clock[-1])), phases - 1).tolist()
@@ -202,7 +203,6 @@ class DiskPlan(LinearProgram):
 
     def add_memory(self) -> None:
         """Whole phases of a gap in one variable for each phase; the events at which a gap begins or ends each in a row."""
-        fixed, used = self.fixed_bytes()
         through = [Expression() for _ in range(self.phases)]
         local: list[list[Gap]] = [[] for _ in range(self.phases)]
         for gap in itertools.chain(*self.gaps.values()):
@@ -213,11 +213,11 @@ class DiskPlan(LinearProgram):
                     through[p].add(self.there[gap, p], self.tables.size[gap.storage] / UNIT)
                 else:
                     local[p].append(gap)
-        for p, events in itertools.groupby(self.rows_at(fixed, used), key=lambda event: self.phase[event]):
+        for p, events in itertools.groupby(self.rows_at(), key=lambda event: self.phase[event]):
             whole_bytes = self.variable()
             self.row(Expression().add(whole_bytes).add(through[p], -1.0), 0.0)
             for event in events:
-                row = Expression(constant=float(fixed[event] + sum(self.tables.size[s] for s in used.get(event, ()))) / UNIT).add(whole_bytes)
+                row = Expression(constant=float(self.fixed_bytes[event]) / UNIT).add(whole_bytes)
                 for gap in local[p]:
                     if gap.a < event < gap.b:
                         row.add(self.there[gap, p], self.tables.size[gap.storage] / UNIT)
@@ -225,33 +225,32 @@ class DiskPlan(LinearProgram):
 
     def least_bytes(self) -> int:
         """The peak with everything on disk that may be there: no plan needs less."""
-        fixed, used = self.fixed_bytes()
+        least = self.fixed_bytes.copy()
         for gap in itertools.chain(*self.gaps.values()):
             if self.stays(gap):
-                fixed[gap.a + 1 : gap.b] += self.tables.size[gap.storage]
-        for event, storages in used.items():
-            fixed[event] += sum(self.tables.size[s] for s in storages)
-        return int(max((fixed[event] for event, kind in enumerate(self.trace.kind) if kind == RUN), default=0))
+                least[gap.a + 1 : gap.b] += self.tables.size[gap.storage]
+        return int(max((least[event] for event, kind in enumerate(self.trace.kind) if kind == RUN), default=0))
 
-    def fixed_bytes(self) -> tuple[Ints, dict[int, list[int]]]:
-        """Bytes of everything else at each event, and for each event the storages of gaps that it uses."""
+    def bytes_beside_gaps(self) -> tuple[Ints, set[int]]:
+        """At each event the bytes of what it uses and of all that has no gaps; and the events that use a gap's storage."""
         fixed = self.state.profile.live_bytes.copy()
         for i, s in enumerate(self.trace.inst_storage):
             if s in self.gaps:
                 fixed[max(0, self.trace.inst_birth[i]) : self.trace.inst_last[i] + 1] -= self.tables.size[s]
-        used: dict[int, list[int]] = {}
+        using = set[int]()
         for s, gaps in self.gaps.items():
-            for event in {e for gap in gaps for e in (gap.a, gap.b) if 0 <= e < self.count}:
-                used.setdefault(event, []).append(s)
-        return fixed, used
+            events = {e for gap in gaps for e in (gap.a, gap.b) if 0 <= e < self.count}
+            fixed[list(events)] += self.tables.size[s]
+            using |= events
+        return fixed, using
 
-    def rows_at(self, fixed: Ints, used: dict[int, list[int]]) -> list[int]:
+    def rows_at(self) -> list[int]:
         """Events that use a gap's storage, and between two of them the one that needs most."""
-        at = set(used)
+        at = set(self.using)
         edges = sorted({*at, *(bisect_right(self.phase, p) for p in range(self.phases)), -1, self.count})
         for a, b in itertools.pairwise(edges):
             if b > a + 1:
-                at.add(a + 1 + int(fixed[a + 1 : b].argmax()))
+                at.add(a + 1 + int(self.fixed_bytes[a + 1 : b].argmax()))
         return sorted(e for e in at if e < self.count and self.trace.kind[e] != READ)
 
     def solve(self, share: float, seconds: float) -> Decisions | None:

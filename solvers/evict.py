@@ -108,9 +108,9 @@ class Round:
         self.start = np.array(trace.seg_start, dtype=np.int64)
         self.end = np.array(trace.seg_end, dtype=np.int64)
         self.storage: Ints = np.array(trace.inst_storage, dtype=np.int64)[self.instance]
-        sizes, pinned = np.array(tables.size, dtype=np.int64), np.array(tables.pinned, dtype=bool)
-        pinned[list(rates.kept_storages)] = True
-        self.open = (sizes[self.storage] > rates.tiny_bytes) & ~pinned[self.storage] & (self.end - self.start > 1)
+        sizes, staying = np.array(tables.size, dtype=np.int64), np.array(tables.pinned, dtype=bool)
+        staying[list(rates.kept_storages)] = True
+        self.open = (sizes[self.storage] > rates.tiny_bytes) & ~staying[self.storage] & (self.end - self.start > 1)
         self.evicted = np.zeros(len(self.start), dtype=bool)
         self.birth = np.array(trace.inst_birth, dtype=np.int64)
         self.last = np.array(trace.inst_last, dtype=np.int64)

@@ -73,8 +73,8 @@ def _planned(course: Course, start: State, weight: float, phases: int) -> State 
         return None
     state = min(found, key=judge)
     offer_state(tables, course.best, state, "disk plan")
-    state = refill(tables, state, weight, min(course.deadline, time.monotonic() + REFILL_SECONDS), judge=judge)
-    offer_state(tables, course.best, state, "disk plan")
+    planned, state = state, refill(tables, state, weight, min(course.deadline, time.monotonic() + REFILL_SECONDS), judge=judge)
+    offer_state(tables, course.best, state, "disk plan", planned)
     course.states.append((state, weight))
     course.planned[id(state)] = state
     course.tell(f"disk plan (transfers x {weight}, {count} phases)")

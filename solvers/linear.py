@@ -66,11 +66,13 @@ class Answer:
 
 
 class LinearProgram:
-    """minimise an expression, subject to rows: least <= expression <= most. lower and upper, by variable, may be changed between two answers."""
+    """minimise an expression, subject to rows: least <= expression <= most. lower and upper, by variable, may be changed between two answers.
+    binaries: the shares that a schedule gives in whole numbers; an answer has them so only where it is asked to."""
 
     def __init__(self) -> None:
         self.lower: list[float] = []
         self.upper: list[float] = []
+        self.binaries: list[Variable] = []
         self._least: list[float] = []
         self._most: list[float] = []
         self._row: list[int] = []
@@ -88,9 +90,14 @@ class LinearProgram:
         """A new one between 0 and 1."""
         return self.variable(0.0, 1.0)
 
+    def binary(self) -> Variable:
+        """A new share, one of the binaries."""
+        self.binaries.append(self.share())
+        return self.binaries[-1]
+
     def row(self, expression: Expression, least: float = -math.inf, most: float = math.inf) -> None:
         """least <= expression <= most."""
-        terms = sorted((variable, value) for variable, value in expression.terms.items() if value)
+        terms = _in_order(expression)
         self._row += [len(self._least)] * len(terms)
         self._column += [variable for variable, _ in terms]
         self._value += [value for _, value in terms]
@@ -99,7 +106,7 @@ class LinearProgram:
 
     def minimise(self, expression: Expression) -> None:
         """The expression's constant is left out."""
-        self._objective = sorted((variable, value) for variable, value in expression.terms.items() if value)
+        self._objective = _in_order(expression)
 
     def answer(self, seconds: float, gap: float | None = None, whole: Iterable[Variable] = ()) -> Answer | None:
         """What HiGHS finds in so many seconds, with some variables in whole numbers until solution and bound are within the gap; None where it
@@ -140,3 +147,8 @@ class LinearProgram:
         proto.objective.linear_coefficients.ids.extend(variable for variable, _ in self._objective)
         proto.objective.linear_coefficients.values.extend(value for _, value in self._objective)
         return proto
+
+
+def _in_order(expression: Expression) -> list[tuple[Variable, float]]:
+    """Its terms by variable, without those that cancelled."""
+    return sorted((variable, value) for variable, value in expression.terms.items() if value)

@@ -52,7 +52,6 @@ class Residency(LinearProgram):
         self.blocks, self.tables, self.budget = blocks, blocks.tables, budget_bytes
         self.problem = blocks.tables.problem
         self.count = len(self.problem.ops)
-        self.binaries: list[Variable] = []
         self.rate = max(LEAST_RATE, self.problem.interference)
         self.points = {s: item.points() for s, item in blocks.items.items()}
         self.stay: dict[tuple[int, int], Variable | float] = {}  # (item, use): from the use before it
@@ -78,10 +77,6 @@ class Residency(LinearProgram):
         self.add_disk()
         add_closures(self)
         self.minimise(self.cost)
-
-    def binary(self) -> Variable:
-        self.binaries.append(self.share())
-        return self.binaries[-1]
 
     def add_ways(self) -> None:
         """x: exactly one way for each op with a menu."""

@@ -11,14 +11,16 @@ import random
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from solvers.pack import pack
+from solvers.pack import Packing, pack
 from solvers.problem import Problem
 from solvers.schedule import Free, Prefetch, Run, Schedule
 
+Ints = NDArray[np.int64]
 ALIGNMENT_BYTES = 64
 SEARCH_WORK = 40_000  # lifespans placed by the local search, roughly
 PACK_WORK = 1 << 32  # of the exact search, in its units: four seconds at most, and as many again where large ones are joined by others
@@ -28,6 +30,18 @@ GROWN_FROM = 20  # likewise, before what doesn't fit into their holes joins them
 GROWTHS, GROWTH_WORK = 64, 100_000  # times that it does; and lifespans placed by first-fit then, roughly
 FAILURES = 12  # of the exact search
 LEAST_GROWTH = 10  # lifespans
+
+
+class _Blocks(NamedTuple):
+    """Lifespans, their aligned sizes, and (start, end) of each."""
+
+    items: Sequence[Lifespan]
+    sizes: Ints
+    spans: Ints
+
+    def some(self) -> NDArray[np.intp]:
+        """Those that occupy bytes."""
+        return np.flatnonzero((self.sizes > 0) & (self.spans[:, 0] < self.spans[:, 1]))
 
 
 class OffsetError(ValueError):
@@ -117,25 +131,25 @@ def place(
     enough = max(bound, enough_bytes)
     sizes = np.array([_padded(item) for item in items], dtype=np.int64)
     spans = np.array([(item.start, item.end) for item in items], dtype=np.int64).reshape(-1, 2)
-    length = spans[:, 1] - spans[:, 0]
+    blocks, length = _Blocks(items, sizes, spans), spans[:, 1] - spans[:, 0]
     keys = ((-length, -sizes), (-length, -sizes * length), (-sizes, spans[:, 0]))
     orders = [np.lexsort(key).tolist() for key in keys]
     some = np.array(sorted(fixed or {}), dtype=np.intp)
     lows = np.array([(fixed or {})[k] for k in some.tolist()], dtype=np.int64)
-    best: tuple[int, NDArray[np.int64], list[int]] | None = None
+    best: tuple[int, Ints, list[int]] | None = None
     for order in orders:
-        offsets = _first_fit([k for k in order if k not in (fixed or {})], items, sizes, spans, (some, lows))
+        offsets = _first_fit([k for k in order if k not in (fixed or {})], blocks, (some, lows))
         arena = int((offsets + sizes).max(initial=0))
         if best is None or arena < best[0]:
             best = (arena, offsets, order)
         if arena <= enough:
             break
     assert best is not None
-    arena, offsets, _ = best if fixed else _search(best, items, sizes, spans, enough, seed)
+    arena, offsets, _ = best if fixed else _search(best, blocks, enough, seed)
     if arena > enough and len({item.align for item in items}) == 1 and not fixed:
-        arena, offsets, bound = _exact((arena, offsets, bound), items, sizes, spans, enough, work, seed)
+        arena, offsets, bound = _exact((arena, offsets, bound), blocks, enough, work, seed)
         if arena > enough:
-            arena, offsets, bound = _grown((arena, offsets, bound), items, sizes, spans, enough, work, seed)
+            arena, offsets, bound = _grown((arena, offsets, bound), blocks, enough, work, seed)
     placement = Placement(tuple(offsets.tolist()), arena, bound)
     check_offsets(items, placement)
     return placement
@@ -151,12 +165,11 @@ def _check_items(items: Sequence[Lifespan]) -> None:
 
 def _first_fit(
     order: Sequence[int],
-    items: Sequence[Lifespan],
-    sizes: NDArray[np.int64],
-    spans: NDArray[np.int64],
-    fixed: tuple[NDArray[np.intp], NDArray[np.int64]] | None = None,
-) -> NDArray[np.int64]:
+    blocks: _Blocks,
+    fixed: tuple[NDArray[np.intp], Ints] | None = None,
+) -> Ints:
     """Each lifespan in turn at the lowest offset where it fits, beside those that are `fixed` at offsets. Placed ones are kept sorted by offset."""
+    items, sizes, spans = blocks
     offsets = np.zeros(len(items), dtype=np.int64)
     placed = np.zeros((4, len(items)), dtype=np.int64)  # offset, top, start, end
     count = 0
@@ -181,7 +194,7 @@ def _first_fit(
     return offsets
 
 
-def _lowest_gap(bottoms: NDArray[np.int64], tops: NDArray[np.int64], size: int, align: int) -> int:
+def _lowest_gap(bottoms: Ints, tops: Ints, size: int, align: int) -> int:
     """The lowest aligned offset with `size` free bytes, given blocks sorted by bottom."""
     if len(bottoms) == 0:
         return 0
@@ -192,61 +205,48 @@ def _lowest_gap(bottoms: NDArray[np.int64], tops: NDArray[np.int64], size: int, 
 
 
 def _search(
-    best: tuple[int, NDArray[np.int64], list[int]],
-    items: Sequence[Lifespan],
-    sizes: NDArray[np.int64],
-    spans: NDArray[np.int64],
+    best: tuple[int, Ints, list[int]],
+    blocks: _Blocks,
     bound: int,
     seed: int,
-) -> tuple[int, NDArray[np.int64], list[int]]:
+) -> tuple[int, Ints, list[int]]:
     """Move what ends highest (and a random other) to the front of the order; keep what doesn't get worse."""
     draw = random.Random(seed)
-    for _ in range(min(300, SEARCH_WORK // (len(items) + 1))):
+    for _ in range(min(300, SEARCH_WORK // (len(blocks.items) + 1))):
         arena, offsets, order = best
         if arena <= bound:
             break
-        tops = np.flatnonzero(offsets + sizes == arena).tolist()
+        tops = np.flatnonzero(offsets + blocks.sizes == arena).tolist()
         moved = [*tops, draw.choice(order)]
         chosen = set(moved)
         trial = [*chosen, *(k for k in order if k not in chosen)]
         if draw.random() < 0.5:
             first = draw.randrange(len(trial))
             trial[0], trial[first] = trial[first], trial[0]
-        found = _first_fit(trial, items, sizes, spans)
-        height = int((found + sizes).max(initial=0))
+        found = _first_fit(trial, blocks)
+        height = int((found + blocks.sizes).max(initial=0))
         if height <= arena:
             best = (height, found, trial)
     return best
 
 
-def _exact(
-    best: tuple[int, NDArray[np.int64], int],
-    items: Sequence[Lifespan],
-    sizes: NDArray[np.int64],
-    spans: NDArray[np.int64],
-    enough: int,
-    work: int,
-    seed: int,
-) -> tuple[int, NDArray[np.int64], int]:
+def _exact(best: tuple[int, Ints, int], blocks: _Blocks, enough: int, work: int, seed: int) -> tuple[int, Ints, int]:
     """(arena, offsets, bound) made better: the large lifespans packed at `enough`, or at heights halfway between the arena and what had no
     answer, the others first-fit into their holes; with ever more of them large. A proof that there is no packing raises the bound."""
     arena, offsets, bound = best
-    some = np.flatnonzero((sizes > 0) & (spans[:, 0] < spans[:, 1]))
-    parts = [part for part in LARGE if (sizes[some] * part < bound).any()]
+    some = blocks.some()
+    parts = [part for part in LARGE if (blocks.sizes[some] * part < bound).any()]
     for part in (*parts, 0):
-        large = some[sizes[some] * part >= bound] if part else some
-        rest = np.setdiff1d(some, large)
-        rest = rest[np.lexsort((-sizes[rest], spans[rest, 0] - spans[rest, 1]))]
+        large = some[blocks.sizes[some] * part >= bound] if part else some
         failed = enough - 1
         for number in range(HEIGHTS):
             height = (failed + arena) // 2 if number else enough
             if not failed < height < arena:
                 break
             share = work // (1 + len(parts)) // (2 * HEIGHTS if number else 2)
-            found = pack(spans[large, 0], spans[large, 1], sizes[large], height, share, seed)
+            found, tried = _packed(blocks, large, height, share, seed)
             bound = max(bound, height + 1) if found.proven else bound
-            tried = None if found.offsets is None else _first_fit(rest.tolist(), items, sizes, spans, (large, found.offsets))
-            top = arena if tried is None else int((tried + sizes).max(initial=0))
+            top = arena if tried is None else int((tried + blocks.sizes).max(initial=0))
             if tried is None or top >= arena:
                 failed = height
             else:
@@ -254,34 +254,24 @@ def _exact(
     return arena, offsets, bound
 
 
-def _grown(
-    best: tuple[int, NDArray[np.int64], int],
-    items: Sequence[Lifespan],
-    sizes: NDArray[np.int64],
-    spans: NDArray[np.int64],
-    enough: int,
-    work: int,
-    seed: int,
-) -> tuple[int, NDArray[np.int64], int]:
+def _grown(best: tuple[int, Ints, int], blocks: _Blocks, enough: int, work: int, seed: int) -> tuple[int, Ints, int]:
     """(arena, offsets, bound) made better: of the others, those that end above `enough` join the large lifespans, highest first, again and again;
     fewer of them where they have no answer together."""
     arena, offsets, bound = best
-    some = np.flatnonzero((sizes > 0) & (spans[:, 0] < spans[:, 1]))
-    large = some[sizes[some] * GROWN_FROM >= bound]
+    some = blocks.some()
+    large = some[blocks.sizes[some] * GROWN_FROM >= bound]
     joining, failures = some[:0], 0
     for _ in range(min(GROWTHS, GROWTH_WORK // (len(some) + 1))):
         tried = np.union1d(large, joining)
-        found = pack(spans[tried, 0], spans[tried, 1], sizes[tried], enough, work // GROWTHS, seed)
-        if found.offsets is None:
+        _, filled = _packed(blocks, tried, enough, work // GROWTHS, seed)
+        if filled is None:
             failures += 1
             joining = joining[: len(joining) // 2]
             if not len(joining) or failures == FAILURES:
                 break
             continue
         large, rest = tried, np.setdiff1d(some, tried)
-        order = rest[np.lexsort((-sizes[rest], spans[rest, 0] - spans[rest, 1]))]
-        filled = _first_fit(order.tolist(), items, sizes, spans, (large, found.offsets))
-        tops = (filled + sizes)[rest]
+        tops = (filled + blocks.sizes)[rest]
         top = max(enough, int(tops.max(initial=0)))
         if top < arena:
             arena, offsets = top, filled
@@ -290,6 +280,17 @@ def _grown(
         above = rest[np.argsort(-tops, kind="stable")][: int((tops > enough).sum())]
         joining = above[: max(LEAST_GROWTH, len(above) // 4)]
     return arena, offsets, bound
+
+
+def _packed(blocks: _Blocks, large: NDArray[np.intp], height: int, work: int, seed: int) -> tuple[Packing, Ints | None]:
+    """The large lifespans packed below the height; and if that is found, offsets of all, the others first-fit into their holes, longest first."""
+    _, sizes, spans = blocks
+    found = pack(spans[large, 0], spans[large, 1], sizes[large], height, work, seed)
+    if found.offsets is None:
+        return found, None
+    rest = np.setdiff1d(blocks.some(), large)
+    rest = rest[np.lexsort((-sizes[rest], spans[rest, 0] - spans[rest, 1]))]
+    return found, _first_fit(rest.tolist(), blocks, (large, found.offsets))
 
 
 def check_offsets(items: Sequence[Lifespan], placement: Placement) -> None:

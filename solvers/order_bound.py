@@ -126,7 +126,7 @@ def _bound_us(facts: Facts, moments: Sequence[int], deadline: float, gap: float 
         return 0
     program = Program(facts, moments)
     program.build()
-    whole = program.large(large * facts.problem.budget_bytes) if large else program.decided if gap is not None else []
+    whole = program.large(large * facts.problem.budget_bytes) if large else program.binaries if gap is not None else []
     answer = program.answer(max(deadline - time.monotonic(), LEAST_SECONDS), gap, whole)
     if answer is None or (gap is None and not answer.optimal):
         return 0

@@ -55,13 +55,12 @@ class Facts:
 
 
 class Program(LinearProgram):
-    """The linear program for some moments, in order: the first runs of these ops. phase[o]: that of op o's first run. decided: the variables that a
-    schedule gives in whole numbers."""
+    """The linear program for some moments, in order: the first runs of these ops. phase[o]: that of op o's first run."""
 
     def __init__(self, facts: Facts, moments: Sequence[int]) -> None:
         super().__init__()
         self.problem, self.tables, self.pinned, self.needs = facts.problem, facts.tables, facts.pinned, facts.needs
-        self.ignored, self.decided = facts.ignored, list[Variable]()
+        self.ignored = facts.ignored
         self.starts = (0, *moments)  # the op with which each phase begins
         self.phase = [bisect_right(moments, op) for op in range(len(self.needs))]
         self.phases = range(len(self.starts))
@@ -85,7 +84,7 @@ class Program(LinearProgram):
         for k in self.phases:
             for value in useful[k]:
                 if k:
-                    self.kept[k, value] = self.decision()
+                    self.kept[k, value] = self.binary()
                 self.bring(k, value)
         for k in self.phases[1:] if len(self.phases) > 2 else ():
             for value in useful[k]:
@@ -105,10 +104,6 @@ class Program(LinearProgram):
         kept = [variable for (_, (s, _)), variable in self.kept.items() if self.tables.size[s] > least_bytes]
         return kept + [variable for s, variable in self.home.items() if self.tables.size[s] > least_bytes]
 
-    def decision(self) -> Variable:
-        self.decided.append(self.share())
-        return self.decided[-1]
-
     def add_ways(self) -> None:
         """X: of each op that must run, one way."""
         for o, op in enumerate(self.problem.ops):
@@ -119,7 +114,7 @@ class Program(LinearProgram):
                 busy.add(float(op.choices[0].time_us))
                 continue
             for c, choice in enumerate(op.choices):
-                self.way[o, c] = self.decision()
+                self.way[o, c] = self.binary()
                 busy.add(self.way[o, c], choice.time_us)
             self.row(self.ways(o, range(len(op.choices))), 1.0, 1.0)
 
@@ -136,7 +131,7 @@ class Program(LinearProgram):
         start = Expression(constant=float(self.base_bytes()))
         for s, may in enumerate(self.tables.may_leave):
             if may and s not in self.ignored:
-                self.home[s] = self.decision()
+                self.home[s] = self.binary()
                 start.add(self.home[s], self.tables.size[s])
         self.row(start.scaled(1 / UNIT), most=self.problem.budget_bytes / UNIT)
 
@@ -151,7 +146,7 @@ class Program(LinearProgram):
     def write(self, k: int, value: Value) -> None:
         """W: the value may be written in phase k, where it is in memory."""
         if (k, value) not in self.written:
-            self.written[k, value] = self.decision()
+            self.written[k, value] = self.binary()
             self.transfer(k, self.written[k, value], self.tables.write_us[value[0]])
 
     def forced(self, o: int) -> list[Value]:
@@ -190,7 +185,7 @@ class Program(LinearProgram):
             for phase in range(made, k + 1):
                 self.write(phase, value)
         if (at_home or self.tables.may_spill[s]) and not (optional and k == 0):
-            self.fetched[k, value] = self.decision()
+            self.fetched[k, value] = self.binary()
             self.transfer(k, self.fetched[k, value], self.tables.read_us[s])
             self.row(self.on_disk(k, value).add(self.fetched[k, value], -1.0), 0.0)
             if optional:
@@ -214,7 +209,7 @@ class Program(LinearProgram):
 
     def run_again(self, k: int, o: int) -> None:
         if o >= 0 and (k, o) not in self.again and self.may_run(k, o):
-            self.again[k, o] = self.decision()
+            self.again[k, o] = self.binary()
             self.busy[k].add(self.again[k, o], min(choice.time_us for choice in self.problem.ops[o].choices))
 
     def available(self, k: int, value: Value, read: bool = True) -> Expression | None:
@@ -296,7 +291,7 @@ class Program(LinearProgram):
         """N: the share of a value that is not on disk is there only if it was kept since it was made. Without it two halves of one half would do."""
         if (k, value) not in self.fetched:
             return
-        never = self.off_disk[k, value] = self.decision()
+        never = self.off_disk[k, value] = self.binary()
         self.row(Expression().add(self.kept[k, value]).add(never, -1.0), 0.0)
         before = self.available(k - 1, value, read=False)
         if before is None:

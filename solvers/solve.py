@@ -204,8 +204,8 @@ def _offer_greedy(course: Course, more: tuple[float, ...] = (), first_only: bool
             continue
         state = min(_filled(tables, best, path[-1], weight, not course.modelled), key=lambda state: score(state, weight))
         if not course.settled() and transfer_share(state) < DISK_BOUND:
-            state = exchanged(tables, state, weight)
-            offer_state(tables, best, state, "exchange")
+            before_exchange, state = state, exchanged(tables, state, weight)
+            offer_state(tables, best, state, "exchange", before_exchange)
         course.states.append((state, weight))
         course.walked[walked] = time.monotonic() - before
         course.tell(f"greedy (transfers x {weight})")
@@ -227,11 +227,9 @@ def _offer_search(course: Course) -> None:
             return
         until = time.monotonic() + (left if number == len(starts) else left / 2)
         changed = exchanged(tables, state, weight, time.monotonic() + EXCHANGE_SHARE * (until - time.monotonic()))
-        if changed is not state:
-            offer_state(tables, best, changed, "exchange")
+        offer_state(tables, best, changed, "exchange", state)
         found = search(tables, changed, weight, until, SEARCH_ROUNDS, course.seed, course.progress, judge)
-        if found is not changed:
-            offer_state(tables, best, found, f"{best.method} and search" if best.method == "model" else "search")
+        offer_state(tables, best, found, f"{best.method} and search" if best.method == "model" else "search", changed)
 
 
 def _offer_reordered(course: Course) -> None:
@@ -267,7 +265,7 @@ def _filled(tables: Tables, best: Best, state: State, weight: float, final: bool
     refilled, judge = refill(tables, state, weight), placed_us(tables)
     if final and state.profile.transfer_us and judge(refilled) > judge(state):  # it took the bytes in which transfers overlapped
         refilled = refill(tables, state, weight, judge=judge)
-    offer_state(tables, best, refilled, "greedy")
+    offer_state(tables, best, refilled, "greedy", state)
     yield refilled
     if refilled.profile.peak_bytes < ALL_USED * tables.problem.budget_bytes:
         *_, again = _until_fit(tables, weight, state.decisions.choice)
