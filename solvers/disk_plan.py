@@ -15,14 +15,14 @@ from __future__ import annotations
 import itertools
 import time
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from solvers.decode import READ, RUN, Decisions, Tables
-from solvers.emit import Ints, run_times
+from solvers.emit import run_times
 from solvers.evict import State
+from solvers.gaps import Gap, beside_gaps, in_one_group, movable_gaps, with_gaps
 from solvers.linear import Expression, LinearProgram, Variable
 
 UNIT = 1024.0  # bytes
@@ -37,56 +37,6 @@ LEAST_SECONDS = 0.1
 DISK_US = 1e-3  # of each transfer: ties are decided for the disk
 
 
-@dataclass(frozen=True, slots=True)
-class Gap:
-    """Between two uses of a storage: events a and b (-1: the start, count: the end); change: the event at which its value began (-1: the start)."""
-
-    storage: int
-    a: int
-    b: int
-    change: int
-
-
-def movable_gaps(tables: Tables, state: State, tiny_bytes: int) -> dict[int, list[Gap]]:
-    """For each storage that may be on disk, and that the trace doesn't make twice, its gaps in order."""
-    trace, storages = state.trace, tables.problem.storages
-    uses: dict[int, set[int]] = {}
-    again = set(_made_twice(state))
-    for i, a, b in zip(trace.seg_instance, trace.seg_start, trace.seg_end, strict=True):
-        uses.setdefault(trace.inst_storage[i], set()).update((a, b))
-    for i, s in enumerate(trace.inst_storage):
-        uses.setdefault(s, set()).add(trace.inst_birth[i])
-    result = {}
-    for s, events in sorted(uses.items()):
-        info = storages[s]
-        if s in again or info.output or info.size_bytes <= tiny_bytes or not (tables.may_spill[s] or info.stored):
-            continue
-        at = sorted(e for e in events if 0 <= e < len(trace.kind) and trace.kind[e] == RUN)
-        if info.persistent:
-            at = [-1, *at, len(trace.kind)]
-        result[s] = _gaps(tables, state, s, at)
-    return result
-
-
-def _made_twice(state: State) -> Iterable[int]:
-    trace, seen = state.trace, set[int]()
-    for s, birth in zip(trace.inst_storage, trace.inst_birth, strict=True):
-        if birth < 0 or trace.kind[birth] == RUN:
-            if s in seen:
-                yield s
-            seen.add(s)
-    yield from (s for _, s in trace.extra)
-
-
-def _gaps(tables: Tables, state: State, s: int, at: list[int]) -> list[Gap]:
-    change, result, ops = at[0], [], tables.problem.ops
-    for a, b in itertools.pairwise(at):
-        if a >= 0 and s in ops[state.trace.subject[a]].writes:
-            change = a
-        result.append(Gap(s, a, b, change))
-    return result
-
-
 class DiskPlan(LinearProgram):
     """The linear program. `build`, then `solve`."""
 
@@ -96,7 +46,7 @@ class DiskPlan(LinearProgram):
         self.count, self.phases = len(state.trace.kind), phases
         self.room = self.variable()  # KiB of the budget
         self.gaps = movable_gaps(tables, state, int(TINY_SHARE * tables.problem.budget_bytes))
-        self.fixed_bytes, self.using = self.bytes_beside_gaps()
+        self.fixed_bytes, self.using = beside_gaps(tables, state, self.gaps)
         times = run_times(tables, state.decisions, state.trace)
         clock = np.cumsum(np.array(times, dtype=np.int64))
         self.phase: list[int] = np.minimum((clock - times) * phases // max(1, int(clock[-1])), phases - 1).tolist()
@@ -112,9 +62,6 @@ class DiskPlan(LinearProgram):
 
     def phase_of(self, event: int) -> int:
         return 0 if event < 0 else self.phases - 1 if event >= self.count else self.phase[event]
-
-    def group_of(self, event: int) -> int:
-        return -1 if event < 0 else len(self.tables.reads) if event >= self.count else self.trace.group[event]
 
     def build(self) -> None:
         for s, gaps in self.gaps.items():
@@ -174,7 +121,7 @@ class DiskPlan(LinearProgram):
     def stays(self, gap: Gap) -> bool:
         """It is too short for anything else."""
         in_one_phase = gap.a >= 0 and self.phase_of(gap.a) == self.phase_of(gap.b)
-        return gap.b < self.count and (self.group_of(gap.a) == self.group_of(gap.b) or in_one_phase)
+        return gap.b < self.count and (in_one_group(self.tables, self.trace, gap) or in_one_phase)
 
     def reads(self, gap: Gap, until: int, half: bool = False) -> Expression:
         """R: the share of the gap's value read up to a phase; half: what is read in that phase counts by half."""
@@ -231,19 +178,6 @@ class DiskPlan(LinearProgram):
                 least[gap.a + 1 : gap.b] += self.tables.size[gap.storage]
         return int(max((least[event] for event, kind in enumerate(self.trace.kind) if kind == RUN), default=0))
 
-    def bytes_beside_gaps(self) -> tuple[Ints, set[int]]:
-        """At each event the bytes of what it uses and of all that has no gaps; and the events that use a gap's storage."""
-        fixed = self.state.profile.live_bytes.copy()
-        for i, s in enumerate(self.trace.inst_storage):
-            if s in self.gaps:
-                fixed[max(0, self.trace.inst_birth[i]) : self.trace.inst_last[i] + 1] -= self.tables.size[s]
-        using = set[int]()
-        for s, gaps in self.gaps.items():
-            events = {e for gap in gaps for e in (gap.a, gap.b) if 0 <= e < self.count}
-            fixed[list(events)] += self.tables.size[s]
-            using |= events
-        return fixed, using
-
     def rows_at(self) -> list[int]:
         """Events that use a gap's storage, and between two of them the one that needs most."""
         at = set(self.using)
@@ -271,19 +205,11 @@ class DiskPlan(LinearProgram):
         return answer.values if answer is not None else ()
 
     def decisions(self, values: Sequence[float]) -> Decisions:
-        result = self.state.decisions.copy()
-        for s, gaps in self.gaps.items():
-            result.cuts.pop(s, None)
-            result.spilled.discard(s)
-            if s in self.home:
-                (result.away.discard if values[self.home[s]] >= KEPT else result.away.add)(s)
-            for gap in gaps:
-                stay = self.stay[gap]
-                if gap.b < self.count and not isinstance(stay, float) and values[stay] < KEPT and (gap.a >= 0 or s not in result.away):
-                    result.cut(s, self.group_of(gap.b))
-                    if s not in self.home:
-                        result.spilled.add(s)
-        return result
+        def stays(gap: Gap) -> bool:
+            stay = self.stay[gap]
+            return isinstance(stay, float) or values[stay] >= KEPT
+
+        return with_gaps(self.tables, self.state, self.gaps, stays, {s for s, home in self.home.items() if values[home] >= KEPT})
 
 
 def plans(tables: Tables, state: State, phases: int, deadline: float) -> Iterator[Decisions]:

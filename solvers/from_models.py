@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from solvers import disk_plan, milp
 from solvers.course import Course, disk_share, offer_state, weights_of
 from solvers.decode import Decisions, Tables
+from solvers.disk_anneal import DiskAnnealing
+from solvers.emit import emit
 from solvers.evict import State
 from solvers.greedy import first_decisions, repaired
 from solvers.improve import placed_us, refill
@@ -19,6 +21,7 @@ PLAN_PHASES = (32, 64, 32)  # of one disk plan after the other
 FINER = (32, 64, 128)  # phases, tried one after the other from those on where a plan has no room with fewer
 DISK_FULL = 1.4  # of the compute, that transfers take: then the paths that spare the disk first
 REFILL_SECONDS = 3.0  # for one plan
+ANNEALED = 3  # states
 
 
 def offer_model(course: Course) -> None:
@@ -55,6 +58,33 @@ def offer_plans(course: Course) -> None:
         planned = [(_planned(course, state, weight, phases), weight) for state, weight in chains]
         better = sorted(((state, weight) for state, weight in planned if state is not None), key=lambda chain: judge(chain[0]))
         chains = better[: (len(better) + 1) // 2]
+
+
+def offer_annealed(course: Course, share: float) -> None:
+    """From the best states, each of another time, what goes to disk and when is annealed, and from what is best then once more; in a share of the
+    time left."""
+    tables, judge = course.tables, placed_us(course.tables)
+    deadline = time.monotonic() + share * (course.deadline - time.monotonic())
+    distinct = {judge(state): (state, weight) for state, weight in course.states}
+    begun: list[tuple[int, int, DiskAnnealing, float]] = []
+    for number, (_, (state, weight)) in enumerate(sorted(distinct.items(), key=lambda pair: pair[0])[:ANNEALED]):
+        annealing = DiskAnnealing(tables, state)
+        if annealing.possible() and (time_us := _annealed_us(course, annealing, weight, deadline, ANNEALED + 1 - number)):
+            begun.append((time_us, number, annealing, weight))
+    if begun:
+        _, _, annealing, weight = min(begun)
+        _annealed_us(course, annealing, weight, deadline, 1)
+
+
+def _annealed_us(course: Course, annealing: DiskAnnealing, weight: float, deadline: float, turns: int) -> int:
+    """Microseconds of what is found in one of so many equal turns until the deadline; 0: nothing."""
+    left = deadline - time.monotonic()
+    if left <= 0 or course.settled() or (found := annealing.run(left / turns, course.seed + turns)) is None:
+        return 0
+    course.best.offer(emit(course.tables, found.state.decisions, found.state.trace, found.moves), "disk annealing")
+    course.states.append((found.state, weight))
+    course.tell(f"disk annealing ({found.tried} candidates)")
+    return found.time_us
 
 
 def _planned(course: Course, start: State, weight: float, phases: int) -> State | None:

@@ -9,6 +9,7 @@ are no rule tells: they are tried. Solved in whole numbers, which a schedule's a
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -74,12 +75,13 @@ def needy(facts: Facts) -> list[int]:
 
 
 def _chained_us(facts: Facts, ranked: Sequence[int], best: int, whole: Iterator[int], deadline: float) -> Iterator[int]:
-    """Bounds of the best moments together with some over the whole step, first loosely. Where that falls far short of `best`, what is small matters:
-    then the first of `whole`, the best moment's own in whole numbers, and all together with everything that there is, last in whole numbers."""
-    moments = chain(facts, ranked[:BEST_MOMENTS])
+    """Bounds of the best moments, or of those with the ops that follow them, together with some over the whole step, first loosely. Where that falls
+    far short of `best`, what is small matters: then the first of `whole`, the best moment's own in whole numbers, and all together with everything
+    that there is, last in whole numbers."""
     loose, close = (int(share * facts.problem.budget_bytes) for share in TINY_SHARES)
     fast = Facts(facts.problem, loose)
-    bound = _bound_us(fast, moments, deadline)
+    chains = [chain(facts, best_moments) for best_moments in (ranked[:BEST_MOMENTS], _followed(facts, ranked[:BEST_MOMENTS]))]
+    bound, moments = max((_bound_us(fast, moments, deadline), moments) for moments in chains)
     yield bound
     if bound < FAR_SHORT * best:
         yield next(whole)
@@ -113,6 +115,12 @@ def chain(facts: Facts, best: Sequence[int]) -> list[int]:
         if part and not op.optional:
             chosen[part] = max(chosen.get(part, (-1, o)), (least_alone_bytes(facts.problem, op, facts.pinned), o))
     return sorted({*best, *(o for _, o in chosen.values())})
+
+
+def _followed(facts: Facts, moments: Sequence[int]) -> list[int]:
+    """The moments, each with the op that follows: what is asked for between the two moves after the first has run, which may be long."""
+    following = dict(itertools.pairwise(o for o, op in enumerate(facts.problem.ops) if not op.optional))
+    return [*moments, *(following[z] for z in moments if z in following)]
 
 
 def _bound_us(facts: Facts, moments: Sequence[int], deadline: float, gap: float | None = None, large: float = 0.0) -> int:

@@ -6,10 +6,11 @@ nothing is contracted. For a value v = (storage, version), op o, phase k (0: bef
 
     K[k, v]  v is in memory at moment k     R[k, o]  o runs (again) in phase k     F[k, v], W[k, v]  v is read from disk, written; asked for there
     X[o, c]  op o runs in way c             H[s]     the home of persistent s is memory
-    P[k, v]  its transfer given before moment k is still to be done then: v is in memory, P[k, v] <= K[k, v]
+    P[k, v]  its transfer given before moment k is still to be done then: v is in memory, P[k, v] <= K[k, v], and z neither reads nor writes it
     N[k, v]  v is in memory at moment k, and was all the time since it was made
 
     minimise the sum over k of T[k];   T[k] >= runs of phase k + what transfers ordered there delay them;   T[k] >= transfers done there
+    T[k] >= first run of its z + transfers both ordered and done there: none of them begins before z has run
     available(k, v) = K[k, v] + R[k, maker(v)] + F[k, v]  (k = 0, version 0: H[s] for K);     1 where v is first made
     available(k, v) >= X[o, c], R[k, o]  where o (in way c) needs v in phase k;   >= K[k + 1, v];   >= W[k, v], without F: what was read is on disk
     F[k, v] <= D[k, v] = sum of W[0..k, v] + (1 - H[s] for version 0);   N[k, v] + R[k, maker(v)] + D[k, v] >= what is needed in phase k
@@ -72,7 +73,7 @@ class Program(LinearProgram):
         self.written: dict[tuple[int, Value], Variable] = {}
         self.off_disk: dict[tuple[int, Value], Variable] = {}
         self.late: dict[tuple[int, int, Value], Variable] = {}
-        self.busy, self.disk = ([Expression() for _ in self.phases] for _ in range(2))
+        self.busy, self.disk, self.after_first = ([Expression() for _ in self.phases] for _ in range(3))
 
     def build(self) -> None:
         self.add_ways()
@@ -142,6 +143,7 @@ class Program(LinearProgram):
         """A transfer that is asked for in phase k."""
         self.busy[k].add(variable, math.floor(self.problem.interference * us))
         self.disk[k].add(variable, us)
+        self.after_first[k].add(variable, us)
 
     def write(self, k: int, value: Value) -> None:
         """W: the value may be written in phase k, where it is in memory."""
@@ -306,21 +308,30 @@ class Program(LinearProgram):
         for number, (transfers, us) in enumerate(((self.fetched, self.tables.read_us), (self.written, self.tables.write_us))):
             if (k - 1, value) not in transfers:
                 continue
-            late = self.late[number, k, value] = self.share()
+            late = self.late[number, k, value] = self.variable(0.0, float(not self.in_use(self.starts[k], value, written=bool(number))))
             asked = Expression().add(transfers[k - 1, value])
             if (number, k - 1, value) in self.late:
                 asked.add(self.late[number, k - 1, value])
             self.row(asked.add(late, -1.0), 0.0)
             self.disk[k - 1].add(late, -us[value[0]])
+            self.after_first[k - 1].add(late, -us[value[0]])
             self.disk[k].add(late, us[value[0]])
             pending.add(late)
         if pending.terms:
             self.row(pending.add(self.kept[k, value], -1.0), most=0.0)
 
+    def in_use(self, z: int, value: Value, written: bool) -> bool:
+        """No transfer of the value is at work while op z runs: all its ways need it, and where it is `written`, z changes it."""
+        return value in self.forced(z) and (not written or value[0] in self.problem.ops[z].writes)
+
     def add_clocks(self) -> None:
-        """The step takes as long as its phases, each of them as long as either clock."""
+        """The step takes as long as its phases, each of them as long as any of its clocks."""
+        for k in self.phases[1:]:
+            z = self.starts[k]
+            for c, choice in enumerate(self.problem.ops[z].choices):
+                self.after_first[k].add(self.ways(z, [c]), choice.time_us)
         length = Expression()
-        for clocks in zip(self.busy, self.disk, strict=True):
+        for clocks in zip(self.busy, self.disk, self.after_first, strict=True):
             phase = self.variable()
             length.add(phase)
             for clock in clocks:

@@ -18,7 +18,7 @@ from solvers.decode import Tables
 from solvers.emit import emit, synchronous
 from solvers.evict import State
 from solvers.exchange import exchanged
-from solvers.from_models import offer_model, offer_plans, ways_of
+from solvers.from_models import offer_annealed, offer_model, offer_plans, ways_of
 from solvers.greedy import descend, first_decisions
 from solvers.held import with_held
 from solvers.improve import placed_us, refill, score, search
@@ -137,6 +137,7 @@ def _offer_paths_and_models(course: Course) -> tuple[list[int], Course]:
         course = with_held(course, _offer_greedy)
         smallest_found += _offer_greedy(course, DISK_WEIGHTS)
         offer_plans(course)
+        offer_annealed(course, 0.8)
         offer_model(course)
     elif course.modelled:  # the model leaves as much time to the second path as the first one took, if there is so much
         taken = time.monotonic() - before
@@ -145,6 +146,7 @@ def _offer_paths_and_models(course: Course) -> tuple[list[int], Course]:
         smallest_found += _offer_greedy(course)
     if course.modelled and disk_share(course) >= DISK_MATTERS:
         offer_plans(course)
+        offer_annealed(course, 0.3)
     return smallest_found, course
 
 

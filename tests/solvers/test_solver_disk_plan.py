@@ -9,9 +9,10 @@ from generators import small, transformer
 from solvers.baselines import keep_all
 from solvers.check import replay
 from solvers.decode import Tables
-from solvers.disk_plan import DiskPlan, movable_gaps, plans
+from solvers.disk_plan import DiskPlan, plans
 from solvers.emit import emit
 from solvers.evict import State
+from solvers.gaps import movable_gaps
 from solvers.greedy import descend, evaluate, first_decisions
 from solvers.problem import Choice, Op, Problem, Storage
 from solvers.transfers import placed

@@ -60,7 +60,7 @@ def test_below_every_optimum_with_every_moment_at_once(batch: int) -> None:
 
 def test_the_disk_waits_for_what_it_moves() -> None:
     """A state of 100 bytes, for which two ops in a row leave no room, and an update of it: it is written before them and read after them, or read
-    after them and then written. One moment believes that it is written during the first of them."""
+    after them and then written. The second op's moment knows that it moves again after that op, and believes that it moves during the first."""
     storages = (Storage("state", 100, persistent=True), Storage("end", 1, output=True))
     ops = (
         Op("wide", (Choice((), workspace_bytes=199, time_us=100),), (1,)),
@@ -69,8 +69,8 @@ def test_the_disk_waits_for_what_it_moves() -> None:
     )
     problem = Problem(ops, storages, 200, read_bytes_per_us=1.0, write_bytes_per_us=1.0, latency_us=0)
     assert solve(problem).report.time_us == 401
-    assert bound_of(problem, 1) <= 201
-    assert 299 <= bound_of(problem, 0, 1) <= 401
+    assert 299 <= bound_of(problem, 1) <= 301
+    assert 399 <= bound_of(problem, 0, 1) <= 401
 
 
 STEPS = [
