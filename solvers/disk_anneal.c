@@ -59,7 +59,7 @@ typedef struct {
   int32_t *past, *next_past, *reads, *carried, *queue;
   int64_t *queue_due;
   int32_t queued, *record;
-  int64_t records, work;
+  int64_t records;
 } Walk;
 
 static uint64_t draw(uint64_t *random) { /* xorshift64* */
@@ -140,7 +140,6 @@ static int64_t transfer(Walk *w, int64_t us) {
 static void ask_read(Walk *w, int gap, int run) {
   const int storage = w->step->storage[gap];
   take(&w->room, w->step->runs, run, w->step->to[gap], w->step->size[storage]);
-  w->work += (w->step->to[gap] - run) / BLOCK + BLOCK;
   w->done[gap] = transfer(w, w->step->read_us[storage]);
   note(w, run, READ, storage);
 }
@@ -204,7 +203,6 @@ static int begin(Walk *w, const Plan *plan) {
   int reads = 0;
   for (int k = 0; k < s->gaps; k++)
     if (plan->away[s->due[k]] && s->to[s->due[k]] < s->runs) w->reads[reads++] = s->due[k], w->left += s->read_us[s->storage[s->due[k]]];
-  w->work += s->runs + s->gaps;
   return reads;
 }
 
@@ -215,8 +213,7 @@ static int queue_writes(Walk *w, int run, int looked) {
     const int value = s->made[looked], gap = w->written[value];
     if (gap < 0) continue;
     const int end = s->to[gap] < s->runs ? s->to[gap] : s->runs, needed = first_short(&w->room, s->from[gap] + 1, end, s->size[s->storage[gap]]);
-    w->work += (needed - s->from[gap]) / BLOCK + BLOCK;
-    push(w, s->clock[needed], value);
+      push(w, s->clock[needed], value);
   }
   return looked;
 }
@@ -241,7 +238,6 @@ static int make_room(Walk *w, int run, int carried) {
   }
   int kept = 0;
   w->carried_bytes = 0, w->first_complete = ENDLESS, w->first_return = s->runs;
-  w->work += 2 * carried;
   for (int k = 0; k < carried; k++) {
     const int value = w->carried[k], gap = w->written[value];
     const int64_t size = s->size[s->storage[gap]];
@@ -266,8 +262,7 @@ static int fitting_read(Walk *w, int run, const int32_t *reads, int count, int64
     if (s->clock[s->to[gap]] > before || s->clock[s->to[gap]] - s->clock[run] > lead) break;
     if (w->done[gap] != ENDLESS || w->ready_at[gap] > run || w->short_at[gap] > run || free_at(&w->room, run) < size) continue;
     w->short_at[gap] = last_short(&w->room, run + 1, s->to[gap], size); /* room only shrinks: until then it doesn't fit */
-    w->work += (s->to[gap] - w->short_at[gap]) / BLOCK + BLOCK;
-    if (w->short_at[gap] <= run) return gap;
+      if (w->short_at[gap] <= run) return gap;
   }
   return -1;
 }
@@ -360,7 +355,7 @@ static void flip(const Step *s, Plan *plan, uint64_t *random) {
 }
 
 /* Gaps across the tightest run go away until all fits; 0 where that fails. */
-static int repair(const Step *s, Plan *plan, int32_t *found, uint64_t *random, int64_t *work) {
+static int repair(const Step *s, Plan *plan, int32_t *found, uint64_t *random) {
   for (int k = 0; k < REPAIRS; k++) {
     const int run = tightest(s, &plan->room);
     if (free_at(&plan->room, run) >= 0) return 1;
@@ -369,7 +364,6 @@ static int repair(const Step *s, Plan *plan, int32_t *found, uint64_t *random, i
       const int gap = s->open[i];
       if (!plan->away[gap] && s->from[gap] < run && run < s->to[gap] && s->free[gap] && !at_an_end(s, plan, gap)) found[count++] = gap;
     }
-    *work += s->opens;
     if (!count) return 0;
     set_away(s, plan, found[draw_below(random, count)], 1);
   }
@@ -385,13 +379,13 @@ static void copy_plan(const Step *s, Plan *to, const Plan *from) {
 }
 
 /* A candidate near the plan, in its place; 0: none. */
-static int change(const Step *s, Plan *plan, int32_t *found, uint64_t *random, int64_t *work) {
+static int change(const Step *s, Plan *plan, int32_t *found, uint64_t *random) {
   if (draw_share(random) < NEW_LEAD) {
     plan->lead = (int64_t)((double)plan->lead * pow(2, 4 * draw_share(random) - 2));
     return 1;
   }
   flip(s, plan, random);
-  return repair(s, plan, found, random, work);
+  return repair(s, plan, found, random);
 }
 
 static double seconds(void) {
@@ -424,8 +418,8 @@ static size_t memory(const Step *s) { return 128 * ((size_t)s->runs + (size_t)s-
 
 /* Anneals the plan (away, home, lead) in place into the best found, and returns its microseconds, or -1 where it doesn't fit. room: bytes free at each
  * run beside all gaps. `record` gets its transfers, (run before which, what, storage) each, and `records` how many numbers. The temperature falls from `hot` to
- * `cold`, in microseconds, while `work` is done, sooner where that takes more than `limit` seconds. `tried`: candidates. */
-EXPORT int64_t mebp_disk_anneal(const Step *step, uint8_t *away, uint8_t *home, int64_t *lead, const int64_t *room, double hot, double cold, int64_t work,
+ * `cold`, in microseconds, over so many candidates, sooner where they take more than `limit` seconds. `tried`: how many there were. */
+EXPORT int64_t mebp_disk_anneal(const Step *step, uint8_t *away, uint8_t *home, int64_t *lead, const int64_t *room, double hot, double cold, int64_t candidates,
                                 double limit, uint64_t seed, int32_t *record, int64_t *records, int64_t *tried) {
   const Step *s = step;
   const double began = seconds();
@@ -441,20 +435,20 @@ EXPORT int64_t mebp_disk_anneal(const Step *step, uint8_t *away, uint8_t *home, 
   for (int run = 0; run < s->runs; run++) now.room.least[run / BLOCK] = room[run] < now.room.least[run / BLOCK] ? room[run] : now.room.least[run / BLOCK];
   for (int gap = 0; gap < s->gaps; gap++)
     if (!now.away[gap]) take(&now.room, s->runs, s->from[gap] + 1, s->to[gap], s->size[s->storage[gap]]);
-  if (!repair(s, &now, found, &random, &w.work)) {
+  if (!repair(s, &now, found, &random)) {
     free(all);
     return -1;
   }
   int64_t cost = walk(&w, &now, ENDLESS), least = cost;
-  double gone = 0; /* of the time or the work, whichever has gone further */
+  double gone = 0; /* of the time or the candidates, whichever has gone further */
   copy_plan(s, &best, &now);
   for (*tried = 0;; ++*tried) {
     if (*tried % CLOCK_EVERY == 0) gone = limit > 0 ? (seconds() - began) / limit : 1;
-    if ((double)w.work >= gone * (double)work) gone = work > 0 ? (double)w.work / (double)work : 1;
+    if ((double)*tried >= gone * (double)candidates) gone = candidates > 0 ? (double)*tried / (double)candidates : 1;
     if (gone >= 1) break;
     const double heat = hot * pow(cold / hot, gone), most = (double)cost - heat * log(1 - draw_share(&random));
-    copy_plan(s, &next, &now), w.work += s->runs / 4;
-    if (!change(s, &next, found, &random, &w.work)) continue;
+    copy_plan(s, &next, &now);
+    if (!change(s, &next, found, &random)) continue;
     const int64_t other = walk(&w, &next, (int64_t)most);
     if ((double)other > most) continue;
     const Plan swap = now;

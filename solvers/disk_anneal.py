@@ -26,7 +26,7 @@ from solvers.transfers import HORIZONS
 
 TINY_SHARE = 1 / 2000  # of the budget: what is no larger stays where it is
 HOT, COLD = 1e-4, 3e-6  # temperatures, of the step's compute
-WORK = 3_000_000_000  # of disk_anneal.c, in its units: about ten seconds
+CANDIDATES = 100_000  # ten seconds for 1,600 runs
 READ_MOVE, WRITE_MOVE = 0, 1  # as in disk_anneal.c
 NUMBERS = ("runs", "gaps", "values", "storages")
 COLUMNS = (  # of disk_anneal.c's Step, in its order: name, type
@@ -77,11 +77,11 @@ class DiskAnnealing:
         moved = {trace.subject[e] for e, kind in enumerate(trace.kind) if kind == READ} | {trace.inst_storage[i] for i in trace.writes}
         return load_library("disk_anneal") is not None and len(self.columns["open"]) > 0 and moved <= set(self.ids)
 
-    def run(self, seconds: float, seed: int = 0, work: int = WORK) -> Annealed | None:
-        """The best found, from the best so far on. Deterministic where `work` ends it and not the seconds. None where it has no schedule."""
+    def run(self, seconds: float, seed: int = 0, candidates: int = CANDIDATES) -> Annealed | None:
+        """The best found, from the best so far on. Deterministic where the candidates end it and not the seconds. None where it has no schedule."""
         if not self.lead_us:
             self.lead_us = min((math.ceil(share * self.columns["clock"][-1]) for share in HORIZONS), key=self._walk_us)
-        time_us, record, tried = self._anneal(seconds, seed, work)
+        time_us, record, tried = self._anneal(seconds, seed, candidates)
         try:
             found = evaluate(self.tables, self._decisions())
         except DecodeError:
@@ -96,7 +96,7 @@ class DiskAnnealing:
         self.lead_us = lead_us
         return self._anneal(0.0, 0, 0)[0]
 
-    def _anneal(self, seconds: float, seed: int, work: int) -> tuple[int, NDArray[np.int32], int]:
+    def _anneal(self, seconds: float, seed: int, candidates: int) -> tuple[int, NDArray[np.int32], int]:
         """The plan into the best found: its microseconds, the transfers of its walk (run before which, what, storage), the number of candidates."""
         library = load_library("disk_anneal")
         assert library is not None
@@ -109,7 +109,7 @@ class DiskAnnealing:
         record, records, tried = np.zeros(9 * len(self.flat) + 1, np.int32), ctypes.c_int64(), ctypes.c_int64()
         hot, cold = (ctypes.c_double(share * max(1, int(columns["clock"][-1]))) for share in (HOT, COLD))
         time_us = library.mebp_disk_anneal(
-            ctypes.byref(step), pointer(self.away), pointer(self.home), ctypes.byref(lead), pointer(self.room), hot, cold, ctypes.c_int64(work),
+            ctypes.byref(step), pointer(self.away), pointer(self.home), ctypes.byref(lead), pointer(self.room), hot, cold, ctypes.c_int64(candidates),
             ctypes.c_double(seconds), ctypes.c_uint64(seed), pointer(record), ctypes.byref(records), ctypes.byref(tried),
         )  # fmt: skip
         self.lead_us = lead.value
