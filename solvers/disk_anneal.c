@@ -22,8 +22,8 @@ static const double NEW_LEAD = 0.02, ALONE = 0.4; /* shares of the candidates: w
 typedef struct {
   int32_t runs, gaps, values, storages;
   const int64_t *time, *clock; /* of a run; of all runs before it (and of all: clock[runs]) */
-  /* Of a gap: the runs between which it is (-1: the start, `runs`: the end), its value and storage, whether it may be away. due: gaps by `to`. */
-  const int32_t *from, *to, *value, *storage, *due;
+  /* Of a gap: the runs between which it is (-1: the start, `runs`: the end), its storage, whether it may be away. due: gaps by `to`. */
+  const int32_t *from, *to, *storage, *due;
   const uint8_t *free;
   /* Of a value: the run that made it (-1: there from the start), its gaps (first to last), whether a copy is on disk whatever its home is. made: values by `maker`. */
   const int32_t *maker, *first, *last, *made;
@@ -262,7 +262,7 @@ static int fitting_read(Walk *w, int run, const int32_t *reads, int count, int64
     if (s->clock[s->to[gap]] > before || s->clock[s->to[gap]] - s->clock[run] > lead) break;
     if (w->done[gap] != ENDLESS || w->ready_at[gap] > run || w->short_at[gap] > run || free_at(&w->room, run) < size) continue;
     w->short_at[gap] = last_short(&w->room, run + 1, s->to[gap], size); /* room only shrinks: until then it doesn't fit */
-      if (w->short_at[gap] <= run) return gap;
+    if (w->short_at[gap] <= run) return gap;
   }
   return -1;
 }

@@ -30,7 +30,7 @@ CANDIDATES = 100_000  # ten seconds for 1,600 runs
 READ_MOVE, WRITE_MOVE = 0, 1  # as in disk_anneal.c
 NUMBERS = ("runs", "gaps", "values", "storages")
 COLUMNS = (  # of disk_anneal.c's Step, in its order: name, type
-    ("time", np.int64), ("clock", np.int64), ("from", np.int32), ("to", np.int32), ("value", np.int32), ("storage", np.int32), ("due", np.int32),
+    ("time", np.int64), ("clock", np.int64), ("from", np.int32), ("to", np.int32), ("storage", np.int32), ("due", np.int32),
     ("free", np.uint8), ("maker", np.int32), ("first", np.int32), ("last", np.int32), ("made", np.int32), ("stored", np.uint8), ("size", np.int64),
     ("read_us", np.int64), ("write_us", np.int64), ("first_gap", np.int32), ("last_gap", np.int32), ("persistent", np.uint8), ("open", np.int32),
 )  # fmt: skip
@@ -54,11 +54,10 @@ class Annealed:
 
 
 class DiskAnnealing:
-    """The gaps of a state as disk_anneal.c has them. away, home: what it decides; room: bytes free at
-    each run beside all gaps."""
+    """The gaps of a state, which fits the budget, as disk_anneal.c has them. away (of a gap), home (of a storage), lead_us: what it decides; room:
+    bytes free at each run beside all gaps."""
 
     def __init__(self, tables: Tables, state: State) -> None:
-        """The state fits the budget."""
         self.tables, self.state, trace = tables, state, state.trace
         self.gaps = movable_gaps(tables, state, 0)
         self.flat: list[Gap] = [gap for of_storage in self.gaps.values() for gap in of_storage]
@@ -139,7 +138,6 @@ class DiskAnnealing:
         values: dict[tuple[int, int], list[int]] = {}
         for k, gap in enumerate(self.flat):
             values.setdefault((gap.storage, gap.change), []).append(k)
-        of_value = {k: v for v, gaps in enumerate(values.values()) for k in gaps}
         first_gaps = np.cumsum([0, *(len(gaps) for gaps in self.gaps.values())])
         free = [not in_one_group(tables, trace, gap) or gap.b == len(trace.kind) for gap in self.flat]
         lists: dict[str, Sequence[int]] = {
@@ -147,7 +145,6 @@ class DiskAnnealing:
             "clock": [0, *np.cumsum([times[event] for event in self.runs]).tolist()],
             "from": [index[gap.a] for gap in self.flat],
             "to": [index[gap.b] for gap in self.flat],
-            "value": [of_value[k] for k in range(len(self.flat))],
             "storage": [number[gap.storage] for gap in self.flat],
             "due": sorted(range(len(self.flat)), key=lambda k: index[self.flat[k].b]),
             "free": free,
