@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 setup: $(STAMP)
 
 # torch is named first and alone, so that no other package's open range brings a larger build of it.
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard mebp_compile/quant/kernels/*.c) $(wildcard mebp_compile/kernels/*.[ch]) $(wildcard mebp_compile/measure/*.c) $(wildcard solvers/*.c)
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard mebp_compile/quant/kernels/*.c) $(wildcard mebp_compile/kernels/*.[ch]) $(wildcard mebp_compile/measure/*.c) $(wildcard solvers/*.[ch])
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q -c constraints.txt torch==2.13.0 setuptools wheel
 	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e ".[train,dev]"

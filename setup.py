@@ -39,7 +39,7 @@ def extensions() -> list[Extension]:
     return [
         Extension(
             name, [source], libraries=libraries, extra_compile_args=[*FLAGS, rounding],
-            depends=[str(path) for path in (root / "mebp_compile").glob("**/*.h")], optional=True,
+            depends=[str(path) for package in ("mebp_compile", "solvers") for path in (root / package).glob("**/*.h")], optional=True,
         )
         for name, (source, libraries, rounding) in LIBRARIES.items()
         if (root / source).exists()

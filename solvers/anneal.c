@@ -9,6 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "random.h"
+
 #define EXPORT __attribute__((visibility("default")))
 
 enum { UNLESS_REPEATED = 1, ALWAYS = 2 }; /* in `after` */
@@ -24,15 +26,6 @@ typedef struct {
   uint32_t walk;
   uint64_t random;
 } Search;
-
-static uint64_t draw(Search *s) { /* xorshift64* */
-  s->random ^= s->random >> 12, s->random ^= s->random << 25, s->random ^= s->random >> 27;
-  return s->random * 0x2545F4914F6CDD1DULL;
-}
-
-static double draw_share(Search *s) { return (double)(draw(s) >> 11) * 0x1p-53; }
-
-static int draw_below(Search *s, int end) { return (int)(draw_share(s) * end); }
 
 /* The cost of a sequence; more than `most` where it costs that, or has no meaning: a value is read that nothing before it makes. */
 static double cost_of(Search *s, const int32_t *sequence, int count, double most) {
@@ -84,11 +77,12 @@ static int reach(const Search *s, const int32_t *sequence, int count, const int3
 
 /* One change of the sequence into `next`, or 0. */
 static int change(Search *s, const int32_t *sequence, int count, int most, const int32_t *runs, int32_t *next) {
-  const double kind = draw_share(s);
-  const int at = draw_below(s, count), op = sequence[at];
+  const double kind = draw_share(&s->random);
+  const int at = draw_below(&s->random, count), op = sequence[at];
   memcpy(next, sequence, (size_t)count * sizeof *next);
   if (kind < 0.6 || (kind < 0.8 && count == most)) {
-    const int far = 1 + (int)pow(count, draw_share(s)), to = reach(s, sequence, count, runs, at, draw(s) & 1 ? 1 : -1, 1 + draw_below(s, far));
+    const int far = 1 + (int)pow(count, draw_share(&s->random));
+    const int to = reach(s, sequence, count, runs, at, draw(&s->random) & 1 ? 1 : -1, 1 + draw_below(&s->random, far));
     if (to == at) return 0;
     move(next, at, to);
     return count;
@@ -96,14 +90,14 @@ static int change(Search *s, const int32_t *sequence, int count, int most, const
   if (kind < 0.8) { /* run again what makes something that `op` reads, somewhere before it */
     const int reads = s->reads_from[op + 1] - s->reads_from[op];
     if (!reads) return 0;
-    const int read = s->reads[s->reads_from[op] + draw_below(s, reads)];
+    const int read = s->reads[s->reads_from[op] + draw_below(&s->random, reads)];
     int maker = -1, k = at - 1, gap = 0;
     for (; k >= 0 && maker < 0; k--)
       for (int32_t i = s->makes_from[sequence[k]]; i < s->makes_from[sequence[k] + 1]; i++)
         if (s->makes[i] == read) maker = sequence[k];
     gap = at - (k + 2);
     if (maker < 0 || s->once[maker] || gap < 1) return 0;
-    const int to = at - (int)(gap * pow(draw_share(s), 4));
+    const int to = at - (int)(gap * pow(draw_share(&s->random), 4));
     memmove(next + to + 1, next + to, (size_t)(count - to) * sizeof *next);
     next[to] = maker;
     return count + 1;
@@ -132,7 +126,7 @@ EXPORT int mebp_anneal(int32_t ops, int32_t storages, const int32_t *reads_from,
       const int length = change(&s, now, count, most, runs, next);
       if (!length) continue;
       if (s.walk == UINT32_MAX) memset(s.needed, 0, (size_t)storages * sizeof *s.needed), s.walk = 0;
-      const double other = cost_of(&s, next, length, cost - heat * log(1 - draw_share(&s)));
+      const double other = cost_of(&s, next, length, cost - heat * log(1 - draw_share(&s.random)));
       if (other == INFINITY) continue;
       if (length != count) {
         memset(runs, 0, (size_t)ops * sizeof *runs);

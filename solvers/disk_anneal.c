@@ -11,13 +11,15 @@
 #include <string.h>
 #include <time.h>
 
+#include "random.h"
+
 #define EXPORT __attribute__((visibility("default")))
 #define ENDLESS ((int64_t)1 << 62)
 
-enum { BLOCK = 32, LOOK_AHEAD = 12, REPAIRS = 40, MOST_TOGETHER = 16, CLOCK_EVERY = 32 };
+enum { BLOCK = 32, LOOK_AHEAD = 12, REPAIRS = 40, MOST_TOGETHER = 16, PARTNERS = 48, CLOCK_EVERY = 32 };
 enum { READ, WRITE, FREE }; /* in the record */
 
-static const double NEW_LEAD = 0.02, ALONE = 0.4; /* shares of the candidates: with another lead; with one gap turned */
+static const double NEW_LEAD = 0.02, HOMES = 0.5, ALONE = 0.4; /* shares of the candidates: with another lead; with other homes; with one gap turned */
 
 typedef struct {
   int32_t runs, gaps, values, storages;
@@ -62,15 +64,6 @@ typedef struct {
   int64_t records;
 } Walk;
 
-static uint64_t draw(uint64_t *random) { /* xorshift64* */
-  *random ^= *random >> 12, *random ^= *random << 25, *random ^= *random >> 27;
-  return *random * 0x2545F4914F6CDD1DULL;
-}
-
-static double draw_share(uint64_t *random) { return (double)(draw(random) >> 11) * 0x1p-53; }
-
-static int draw_below(uint64_t *random, int end) { return (int)(draw_share(random) * end); }
-
 static int blocks(const Step *s) { return s->runs / BLOCK + 1; }
 
 static int64_t free_at(const Room *r, int run) { return r->room[run] - r->taken[run / BLOCK]; }
@@ -113,6 +106,12 @@ static int first_short(const Room *r, int from, int to, int64_t size) {
     run = end;
   }
   return to;
+}
+
+static void copy_room(const Step *s, Room *to, const Room *from) {
+  memcpy(to->room, from->room, (size_t)s->runs * sizeof *to->room);
+  memcpy(to->least, from->least, (size_t)blocks(s) * sizeof *to->least);
+  memcpy(to->taken, from->taken, (size_t)blocks(s) * sizeof *to->taken);
 }
 
 /* The run with the least room. */
@@ -183,9 +182,7 @@ static int pop(Walk *w) {
 /* Before the first run: what is read and written; returns the number of reads. */
 static int begin(Walk *w, const Plan *plan) {
   const Step *s = w->step;
-  memcpy(w->room.room, plan->room.room, (size_t)s->runs * sizeof *w->room.room);
-  memcpy(w->room.least, plan->room.least, (size_t)blocks(s) * sizeof *w->room.least);
-  memcpy(w->room.taken, plan->room.taken, (size_t)blocks(s) * sizeof *w->room.taken);
+  copy_room(s, &w->room, &plan->room);
   for (int run = 0; run <= s->runs; run++) w->past[run] = -1;
   w->clock = w->disk = w->left = w->records = w->carried_bytes = 0, w->queued = w->first_return = 0, w->first_complete = ENDLESS;
   for (int value = 0; value < s->values; value++) {
@@ -213,7 +210,7 @@ static int queue_writes(Walk *w, int run, int looked) {
     const int value = s->made[looked], gap = w->written[value];
     if (gap < 0) continue;
     const int end = s->to[gap] < s->runs ? s->to[gap] : s->runs, needed = first_short(&w->room, s->from[gap] + 1, end, s->size[s->storage[gap]]);
-      push(w, s->clock[needed], value);
+    push(w, s->clock[needed], value);
   }
   return looked;
 }
@@ -276,9 +273,11 @@ static int64_t walk(Walk *w, const Plan *plan, int64_t most) {
     if (carried || w->past[run] >= 0) carried = make_room(w, run, carried);
     if (run == s->runs) break;
     int64_t start = 0; /* of the run: when all that it reads is there. What is asked for meanwhile doesn't delay it */
-    for (; due < reads && s->to[w->reads[due]] == run; due++)
-      if (w->done[w->reads[due]] == ENDLESS) ask_read(w, w->reads[due], run);
-    for (int k = due - 1; k >= 0 && s->to[w->reads[k]] == run; k--) start = w->done[w->reads[k]] > start ? w->done[w->reads[k]] : start;
+    for (; due < reads && s->to[w->reads[due]] == run; due++) {
+      const int gap = w->reads[due];
+      if (w->done[gap] == ENDLESS) ask_read(w, gap, run);
+      start = w->done[gap] > start ? w->done[gap] : start;
+    }
     while (w->disk < (w->clock > start ? w->clock : start) + s->time[run]) {
       while (w->queued && w->complete[w->queue[0]] != ENDLESS) pop(w);
       for (next = next > due ? next : due; next < reads && w->done[w->reads[next]] != ENDLESS;) next++;
@@ -335,12 +334,12 @@ static void turn(const Step *s, Plan *plan, int gap, int homes) {
 
 /* A gap turns, and some like it that follow, or one that is the other way. */
 static void flip(const Step *s, Plan *plan, uint64_t *random) {
-  const int at = some_gap(s, random), homes = draw_share(random) < 0.5, gap = s->open[at], storage = s->storage[gap];
+  const int at = some_gap(s, random), homes = draw_share(random) < HOMES, gap = s->open[at], storage = s->storage[gap];
   const int was_home = plan->home[storage], was_away = plan->away[gap];
   const int others = draw_share(random) < ALONE ? 0 : 1 + draw_below(random, MOST_TOGETHER), swap = others && draw(random) & 1;
   turn(s, plan, gap, homes);
   if (swap) {
-    for (int k = 0; k < 4 * LOOK_AHEAD; k++) {
+    for (int k = 0; k < PARTNERS; k++) {
       const int other = s->open[some_gap(s, random)];
       if (s->storage[other] == storage || (homes ? plan->home[s->storage[other]] == was_home : plan->away[other] == was_away)) continue;
       turn(s, plan, other, homes);
@@ -373,9 +372,7 @@ static int repair(const Step *s, Plan *plan, int32_t *found, uint64_t *random) {
 static void copy_plan(const Step *s, Plan *to, const Plan *from) {
   memcpy(to->away, from->away, (size_t)s->gaps), memcpy(to->home, from->home, (size_t)s->storages);
   to->lead = from->lead;
-  memcpy(to->room.room, from->room.room, (size_t)s->runs * sizeof *to->room.room);
-  memcpy(to->room.least, from->room.least, (size_t)blocks(s) * sizeof *to->room.least);
-  memcpy(to->room.taken, from->room.taken, (size_t)blocks(s) * sizeof *to->room.taken);
+  copy_room(s, &to->room, &from->room);
 }
 
 /* A candidate near the plan, in its place; 0: none. */
@@ -419,9 +416,8 @@ static size_t memory(const Step *s) { return 128 * ((size_t)s->runs + (size_t)s-
 /* Anneals the plan (away, home, lead) in place into the best found, and returns its microseconds, or -1 where it doesn't fit. room: bytes free at each
  * run beside all gaps. `record` gets its transfers, (run before which, what, storage) each, and `records` how many numbers. The temperature falls from `hot` to
  * `cold`, in microseconds, over so many candidates, sooner where they take more than `limit` seconds. `tried`: how many there were. */
-EXPORT int64_t mebp_disk_anneal(const Step *step, uint8_t *away, uint8_t *home, int64_t *lead, const int64_t *room, double hot, double cold, int64_t candidates,
+EXPORT int64_t mebp_disk_anneal(const Step *s, uint8_t *away, uint8_t *home, int64_t *lead, const int64_t *room, double hot, double cold, int64_t candidates,
                                 double limit, uint64_t seed, int32_t *record, int64_t *records, int64_t *tried) {
-  const Step *s = step;
   const double began = seconds();
   char *const all = calloc(memory(s), 1), *block = all;
   if (!all) return -1;

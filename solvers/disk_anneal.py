@@ -18,13 +18,12 @@ from numpy.typing import NDArray
 from solvers.decode import READ, RUN, Decisions, DecodeError, Tables
 from solvers.emit import Ints, Moves, run_times
 from solvers.evict import State
-from solvers.gaps import Gap, beside_gaps, in_one_group, movable_gaps, with_gaps
+from solvers.gaps import TINY_SHARE, Gap, beside_gaps, in_one_group, movable_gaps, with_gaps
 from solvers.greedy import evaluate
 from solvers.library import load_library, pointer
 from solvers.schedule import Free, Offload, Prefetch, Step, Wait
 from solvers.transfers import HORIZONS
 
-TINY_SHARE = 1 / 2000  # of the budget: what is no larger stays where it is
 HOT, COLD = 1e-4, 3e-6  # temperatures, of the step's compute
 CANDIDATES = 100_000  # ten seconds for 1,600 runs
 READ_MOVE, WRITE_MOVE = 0, 1  # as in disk_anneal.c
@@ -81,12 +80,14 @@ class DiskAnnealing:
         if not self.lead_us:
             self.lead_us = min((math.ceil(share * self.columns["clock"][-1]) for share in HORIZONS), key=self._walk_us)
         time_us, record, tried = self._anneal(seconds, seed, candidates)
+        if time_us < 0:
+            return None
         try:
             found = evaluate(self.tables, self._decisions())
         except DecodeError:
             return None
         runs = [event for event, kind in enumerate(found.trace.kind) if kind == RUN]
-        if time_us < 0 or len(runs) != len(self.runs):
+        if len(runs) != len(self.runs):
             return None
         return Annealed(time_us, found, self._moves([0, *(event + 1 for event in runs)], record), tried)
 
@@ -139,7 +140,6 @@ class DiskAnnealing:
         for k, gap in enumerate(self.flat):
             values.setdefault((gap.storage, gap.change), []).append(k)
         first_gaps = np.cumsum([0, *(len(gaps) for gaps in self.gaps.values())])
-        free = [not in_one_group(tables, trace, gap) or gap.b == len(trace.kind) for gap in self.flat]
         lists: dict[str, Sequence[int]] = {
             "time": [times[event] for event in self.runs],
             "clock": [0, *np.cumsum([times[event] for event in self.runs]).tolist()],
@@ -147,7 +147,7 @@ class DiskAnnealing:
             "to": [index[gap.b] for gap in self.flat],
             "storage": [number[gap.storage] for gap in self.flat],
             "due": sorted(range(len(self.flat)), key=lambda k: index[self.flat[k].b]),
-            "free": free,
+            "free": [not in_one_group(tables, trace, gap) for gap in self.flat],
             "maker": [index[change] for _, change in values],
             "first": [gaps[0] for gaps in values.values()],
             "last": [gaps[-1] for gaps in values.values()],

@@ -22,12 +22,11 @@ import numpy as np
 from solvers.decode import READ, RUN, Decisions, Tables
 from solvers.emit import run_times
 from solvers.evict import State
-from solvers.gaps import Gap, beside_gaps, in_one_group, movable_gaps, with_gaps
+from solvers.gaps import TINY_SHARE, Gap, beside_gaps, in_one_group, movable_gaps, with_gaps
 from solvers.linear import Expression, LinearProgram, Variable
 
 UNIT = 1024.0  # bytes
 WINDOW = 5  # phases: a read begins at most so many before its use, a write ends at most so many after its change
-TINY_SHARE = 1 / 2000  # of the budget: what is no larger stays as it is
 KEPT = 0.5
 PART = 1e-3
 MOST_PARTS = 100

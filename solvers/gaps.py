@@ -13,6 +13,8 @@ from solvers.decode import RUN, Decisions, Tables, Trace
 from solvers.emit import Ints
 from solvers.evict import State
 
+TINY_SHARE = 1 / 2000  # of the budget: what is no larger stays as it is
+
 
 @dataclass(frozen=True, slots=True)
 class Gap:

@@ -306,9 +306,9 @@ class Program(LinearProgram):
         """P: what was asked for before moment k may be at work, or wait for its turn, then: it is in memory."""
         pending = Expression()
         for number, (transfers, us) in enumerate(((self.fetched, self.tables.read_us), (self.written, self.tables.write_us))):
-            if (k - 1, value) not in transfers:
+            if (k - 1, value) not in transfers or self.in_use(self.starts[k], value, written=transfers is self.written):
                 continue
-            late = self.late[number, k, value] = self.variable(0.0, float(not self.in_use(self.starts[k], value, written=bool(number))))
+            late = self.late[number, k, value] = self.share()
             asked = Expression().add(transfers[k - 1, value])
             if (number, k - 1, value) in self.late:
                 asked.add(self.late[number, k - 1, value])

@@ -31,6 +31,7 @@ SEARCH_ROUNDS = 400
 GOOD_ENOUGH = 1.005  # times the bound: no second greedy path
 EXACT_OPS = 40
 EXCHANGE_SHARE = 0.5  # of the time for a search, before it
+ANNEAL_SHARE, ANNEAL_SHARE_BOUND = 0.3, 0.8  # of the time left, to anneal what goes to disk; where the disk decides
 FINISHED_BY = 0.92  # of the time limit: what is begun by then has to be placed and replayed
 ANSWERED_BY = 0.98  # of the time limit: no better bound is waited for
 ALL_USED = 0.9  # of the budget
@@ -137,7 +138,7 @@ def _offer_paths_and_models(course: Course) -> tuple[list[int], Course]:
         course = with_held(course, _offer_greedy)
         smallest_found += _offer_greedy(course, DISK_WEIGHTS)
         offer_plans(course)
-        offer_annealed(course, 0.8)
+        offer_annealed(course, ANNEAL_SHARE_BOUND)
         offer_model(course)
     elif course.modelled:  # the model leaves as much time to the second path as the first one took, if there is so much
         taken = time.monotonic() - before
@@ -146,7 +147,7 @@ def _offer_paths_and_models(course: Course) -> tuple[list[int], Course]:
         smallest_found += _offer_greedy(course)
     if course.modelled and disk_share(course) >= DISK_MATTERS:
         offer_plans(course)
-        offer_annealed(course, 0.3)
+        offer_annealed(course, ANNEAL_SHARE)
     return smallest_found, course
 
 

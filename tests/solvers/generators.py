@@ -9,6 +9,9 @@ from typing import ClassVar
 from solvers.baselines import keep_all
 from solvers.bounds import working_set
 from solvers.check import replay
+from solvers.decode import Tables
+from solvers.evict import State
+from solvers.greedy import descend
 from solvers.problem import Choice, Op, Problem, Storage
 
 
@@ -370,3 +373,16 @@ class _Transformer:
 def llm() -> Problem:
     """The size of a real 24-layer LoRA step: about 8,000 ops. For timing by hand, too slow for the tests."""
     return transformer(24, 896, 256, splits=4)
+
+
+def with_room_for_all(problem: Problem) -> Problem:
+    """Its budget is what keeping everything needs."""
+    return problem.with_budget(replay(problem, keep_all(problem), False).peak_bytes)
+
+
+def states_on_disk(problem: Problem) -> list[tuple[Tables, State]]:
+    """States on the greedy path that use the disk, each under a budget that leaves some room."""
+    tables, draw = Tables(problem), random.Random(len(problem.ops))
+    found = [state for state in descend(tables, 0.0) if state.profile.transfer_us]
+    room = [int(state.profile.peak_bytes * draw.choice([1.0, 1.1, 1.5])) for state in found]
+    return [(Tables(problem.with_budget(budget)), state) for budget, state in zip(room, found, strict=True)]

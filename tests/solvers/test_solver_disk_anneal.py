@@ -1,32 +1,21 @@
 """solvers.disk_anneal: what goes to disk and when, annealed; the C walk's time is the replay's."""
 
-import random
 
 import pytest
-from generators import small, transformer
+from generators import small, states_on_disk, transformer, with_room_for_all
 
 from solvers import disk_anneal
-from solvers.baselines import keep_all
 from solvers.check import replay
 from solvers.decode import Tables
 from solvers.disk_anneal import DiskAnnealing
 from solvers.emit import emit
-from solvers.evict import State
-from solvers.greedy import descend, evaluate, first_decisions
+from solvers.greedy import evaluate, first_decisions
 from solvers.library import load_library
 from solvers.problem import Choice, Op, Problem, Storage
 from solvers.transfers import placed
 
 needs_library = pytest.mark.skipif(load_library("disk_anneal") is None, reason="disk_anneal.c is not built (no C compiler)")
 CANDIDATES, ENOUGH_SECONDS, BATCHES = 1000, 60.0, 4
-
-
-def states(problem: Problem) -> list[tuple[Tables, State]]:
-    """States on the greedy path that use the disk, each under a budget that leaves some room."""
-    tables, draw = Tables(problem), random.Random(len(problem.ops))
-    found = [state for state in descend(tables, 0.0) if state.profile.transfer_us]
-    room = [int(state.profile.peak_bytes * draw.choice([1.0, 1.1, 1.5])) for state in found]
-    return [(Tables(problem.with_budget(budget)), state) for budget, state in zip(room, found, strict=True)]
 
 
 def replayed_us(tables: Tables, found: disk_anneal.Annealed) -> int:
@@ -39,7 +28,7 @@ def test_what_is_annealed_is_valid_and_as_fast_as_said(batch: int) -> None:
     """Within the budget, and in the time of the walk: for walks alone and for what annealing finds, which is never slower."""
     seen = 0
     for seed in range(batch, 120, BATCHES):
-        for tables, state in states(small(50_000 + seed)):
+        for tables, state in states_on_disk(small(50_000 + seed)):
             annealing = DiskAnnealing(tables, state)
             if not annealing.possible():
                 continue
@@ -55,10 +44,9 @@ def test_what_is_annealed_is_valid_and_as_fast_as_said(batch: int) -> None:
 
 @needs_library
 def test_a_step_with_streamed_weights() -> None:
-    problem = transformer(2, 32, 16)
-    problem = problem.with_budget(replay(problem, keep_all(problem), False).peak_bytes)
+    problem = with_room_for_all(transformer(2, 32, 16))
     gained = 0
-    for tables, state in states(problem)[::8]:
+    for tables, state in states_on_disk(problem)[::8]:
         annealing = DiskAnnealing(tables, state)
         assert annealing.possible()
         found = annealing.run(ENOUGH_SECONDS, 0, CANDIDATES)
@@ -97,9 +85,8 @@ def test_half_of_what_was_sent_away_stays() -> None:
 
 @needs_library
 def test_the_same_seed_gives_the_same_plan() -> None:
-    problem = transformer(2, 32, 16)
-    problem = problem.with_budget(replay(problem, keep_all(problem), False).peak_bytes)
-    tables, state = states(problem)[-1]
+    problem = with_room_for_all(transformer(2, 32, 16))
+    tables, state = states_on_disk(problem)[-1]
     first, second = (DiskAnnealing(tables, state).run(ENOUGH_SECONDS, 7, CANDIDATES) for _ in range(2))
     assert first is not None
     assert second is not None
@@ -109,9 +96,8 @@ def test_the_same_seed_gives_the_same_plan() -> None:
 
 @needs_library
 def test_a_second_run_goes_on_from_the_first() -> None:
-    problem = transformer(2, 32, 16)
-    problem = problem.with_budget(replay(problem, keep_all(problem), False).peak_bytes)
-    tables, state = states(problem)[-1]
+    problem = with_room_for_all(transformer(2, 32, 16))
+    tables, state = states_on_disk(problem)[-1]
     annealing = DiskAnnealing(tables, state)
     times = [found.time_us for seed in range(4) if (found := annealing.run(ENOUGH_SECONDS, seed, CANDIDATES))]
     assert len(times) == 4
@@ -119,6 +105,6 @@ def test_a_second_run_goes_on_from_the_first() -> None:
 
 
 def test_nothing_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    tables, state = states(small(50_000))[0]
+    tables, state = states_on_disk(small(50_000))[0]
     monkeypatch.setattr(disk_anneal, "load_library", lambda name: None)
     assert not DiskAnnealing(tables, state).possible()

@@ -1,15 +1,12 @@
 """solvers.transfers: transfers beside the runs, timed as the replay times them."""
 
-import random
 
 import pytest
-from generators import small, transformer
+from generators import small, states_on_disk, transformer, with_room_for_all
 
-from solvers.baselines import keep_all
 from solvers.check import replay
 from solvers.decode import Tables
 from solvers.emit import emit, synchronous
-from solvers.evict import State
 from solvers.greedy import descend
 from solvers.problem import Choice, Op, Problem, Storage
 from solvers.transfers import HORIZONS, Placement, placed
@@ -17,20 +14,12 @@ from solvers.transfers import HORIZONS, Placement, placed
 BATCHES = 4
 
 
-def states(problem: Problem) -> list[tuple[Tables, State]]:
-    """States on the greedy path that use the disk, each under a budget that leaves some room."""
-    tables, draw = Tables(problem), random.Random(len(problem.ops))
-    found = [state for state in descend(tables, 0.0) if state.profile.transfer_us]
-    room = [int(state.profile.peak_bytes * draw.choice([1.0, 1.1, 1.5])) for state in found]
-    return [(Tables(problem.with_budget(budget)), state) for budget, state in zip(room, found, strict=True)]
-
-
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_the_walk_is_the_replay(batch: int) -> None:
     """Valid within the budget, and as long as the walk says, at every horizon."""
     seen = 0
     for seed in range(batch, 120, BATCHES):
-        for tables, state in states(small(50_000 + seed)):
+        for tables, state in states_on_disk(small(50_000 + seed)):
             for horizon in HORIZONS:
                 placement = Placement(tables, state.decisions, state.trace, state.profile.live_bytes, horizon)
                 report = replay(tables.problem, emit(tables, state.decisions, state.trace, placement.run()))
@@ -40,9 +29,8 @@ def test_the_walk_is_the_replay(batch: int) -> None:
 
 
 def test_a_step_with_streamed_weights_overlaps() -> None:
-    problem = transformer(2, 32, 16)
-    problem = problem.with_budget(replay(problem, keep_all(problem), False).peak_bytes)
-    for tables, state in states(problem)[::8]:
+    problem = with_room_for_all(transformer(2, 32, 16))
+    for tables, state in states_on_disk(problem)[::8]:
         time_us, moves = placed(tables, state)
         assert replay(tables.problem, emit(tables, state.decisions, state.trace, moves)).time_us == time_us
         one_by_one = replay(tables.problem, emit(tables, state.decisions, state.trace, synchronous(state.trace)))
