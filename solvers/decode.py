@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right, insort
 from dataclasses import dataclass, field
+from typing import Any
 
 from solvers.problem import Problem, creators, final_versions, used_versions
 
@@ -87,6 +88,7 @@ class Tables:
         self.stored = [s.stored for s in problem.storages]
         self.may_spill = [s.movable and problem.can_offload and not s.stored for s in problem.storages]
         self.pinned = [s.persistent and not s.movable for s in problem.storages]
+        self.native: Any = None  # as native_decode.py keeps them
         self.read_us = [problem.latency_us + math.ceil(size / problem.read_bytes_per_us) for size in self.size]
         self.write_us = [problem.latency_us + math.ceil(size / problem.write_bytes_per_us) for size in self.size]
 

@@ -16,17 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from solvers.decode import READ, RUN, Decisions, DecodeError, Tables
-from solvers.emit import Ints, Moves, run_times
+from solvers.emit import Ints, Moves, moves_of, run_times
 from solvers.evict import State
 from solvers.gaps import TINY_SHARE, Gap, beside_gaps, in_one_group, movable_gaps, with_gaps
 from solvers.greedy import evaluate
 from solvers.library import load_library, pointer
-from solvers.schedule import Free, Offload, Prefetch, Step, Wait
 from solvers.transfers import HORIZONS
 
 HOT, COLD = 1e-4, 3e-6  # temperatures, of the step's compute
 CANDIDATES = 100_000  # ten seconds for 1,600 runs
-READ_MOVE, WRITE_MOVE = 0, 1  # as in disk_anneal.c
 NUMBERS = ("runs", "gaps", "values", "storages")
 COLUMNS = (  # of disk_anneal.c's Step, in its order: name, type
     ("time", np.int64), ("clock", np.int64), ("from", np.int32), ("to", np.int32), ("storage", np.int32), ("due", np.int32),
@@ -174,10 +172,4 @@ class DiskAnnealing:
 
     def _moves(self, begins: Sequence[int], record: NDArray[np.int32]) -> Moves:
         """The transfers of the plan's walk. begins: the event that follows each run, from the one before the first on."""
-        moves: Moves = {}
-        for run, what, number in record.tolist():
-            storage = self.ids[number]
-            freed: list[Step] = [Wait(storage), Free(storage)]
-            steps = [Prefetch(storage)] if what == READ_MOVE else [Offload(storage)] if what == WRITE_MOVE else freed
-            moves.setdefault(begins[run], []).extend(steps)
-        return moves
+        return moves_of((begins[run], what, self.ids[number]) for run, what, number in record.tolist())

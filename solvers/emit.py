@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,8 @@ from solvers.schedule import Free, Offload, Prefetch, Run, Schedule, Step, Wait
 
 Ints = NDArray[np.int64]
 Moves = dict[int, list[Step]]  # event -> steps of transfers that stand before it, in order
+PREFETCH, OFFLOAD, RELEASE = 0, 1, 2  # a transfer asked for, or waited for and its memory freed
+Transfer = tuple[int, int, int]  # (event before which it stands, which of these, storage)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,15 @@ def profile(tables: Tables, decisions: Decisions, trace: Trace) -> Profile:
     transfer_us += sum(tables.write_us[trace.inst_storage[i]] for i in trace.writes)
     start = int(sizes[births < 0].sum()) + problem.constant_bytes
     return Profile(live, max(start, int(live.max(initial=start))), compute_us, transfer_us)
+
+
+def moves_of(transfers: Iterable[Transfer]) -> Moves:
+    """As steps."""
+    moves: Moves = {}
+    for event, what, storage in transfers:
+        freed: list[Step] = [Wait(storage), Free(storage)]
+        moves.setdefault(event, []).extend([Prefetch(storage)] if what == PREFETCH else [Offload(storage)] if what == OFFLOAD else freed)
+    return moves
 
 
 def synchronous(trace: Trace) -> Moves:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 
@@ -21,7 +22,7 @@ PLAN_PHASES = (32, 64, 32)  # of one disk plan after the other
 FINER = (32, 64, 128)  # phases, tried one after the other from those on where a plan has no room with fewer
 DISK_FULL = 1.4  # of the compute, that transfers take: then the paths that spare the disk first
 REFILL_SECONDS = 3.0  # for one plan
-ANNEALED = 3  # states
+ANNEALED = 8  # states
 
 
 def offer_model(course: Course) -> None:
@@ -61,26 +62,29 @@ def offer_plans(course: Course) -> None:
 
 
 def offer_annealed(course: Course, share: float) -> None:
-    """From the best states, each of another time, what goes to disk and when is annealed, and from what is best then once more; in a share of the
-    time left."""
-    tables, judge = course.tables, placed_us(course.tables)
+    """From the best states on, each of another time, what goes to disk and when is annealed: in rounds of equal time, after each of which the better
+    half goes on, and the last one as long as it gets better; in a share of the time left."""
     deadline = time.monotonic() + share * (course.deadline - time.monotonic())
+    judge = placed_us(course.tables)
     distinct = {judge(state): (state, weight) for state, weight in course.states}
-    begun: list[tuple[int, int, DiskAnnealing, float]] = []
-    for number, (_, (state, weight)) in enumerate(sorted(distinct.items(), key=lambda pair: pair[0])[:ANNEALED]):
-        annealing = DiskAnnealing(tables, state)
-        if annealing.possible() and (time_us := _annealed_us(course, annealing, weight, deadline, ANNEALED + 1 - number)):
-            begun.append((time_us, number, annealing, weight))
-    if begun:
-        _, _, annealing, weight = min(begun)
-        _annealed_us(course, annealing, weight, deadline, 1)
+    begun = ((DiskAnnealing(course.tables, state), weight) for _, (state, weight) in sorted(distinct.items(), key=lambda pair: pair[0]))
+    chains = list(itertools.islice((chain for chain in begun if chain[0].possible()), ANNEALED))
+    least_us, better = 0, len(chains) > 0
+    for turn in itertools.count():
+        if not better:
+            return
+        until = time.monotonic() + (deadline - time.monotonic()) / len(chains).bit_length()
+        times = [_annealed_us(course, *chain, (until - time.monotonic()) / (len(chains) - k), turn) for k, chain in enumerate(chains)]
+        found = sorted((us, k) for k, us in enumerate(times) if us is not None)
+        better = len(found) > 0 and (len(chains) > 1 or found[0][0] < least_us)
+        least_us = found[0][0] if found else 0
+        chains = [chains[k] for _, k in found[: (len(chains) + 1) // 2]]
 
 
-def _annealed_us(course: Course, annealing: DiskAnnealing, weight: float, deadline: float, turns: int) -> int:
-    """Microseconds of what is found in one of so many equal turns until the deadline; 0: nothing."""
-    left = deadline - time.monotonic()
-    if left <= 0 or course.settled() or (found := annealing.run(left / turns, course.seed + turns)) is None:
-        return 0
+def _annealed_us(course: Course, annealing: DiskAnnealing, weight: float, seconds: float, turn: int) -> int | None:
+    """Microseconds of what is found from the best so far on; None: nothing."""
+    if seconds <= 0 or course.settled() or (found := annealing.run(seconds, course.seed + turn)) is None:
+        return None
     course.best.offer(emit(course.tables, found.state.decisions, found.state.trace, found.moves), "disk annealing")
     course.states.append((found.state, weight))
     course.tell(f"disk annealing ({found.tried} candidates)")

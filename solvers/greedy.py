@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from solvers.bounds import working_set
-from solvers.decode import Decisions, DecodeError, Tables, decode
-from solvers.emit import profile
+from solvers.decode import Decisions, DecodeError, Tables
 from solvers.evict import Rates, Round, State
+from solvers.native_decode import traced
 from solvers.problem import Choice, Op
 
 SMALL_OPS = 200
@@ -22,8 +22,7 @@ SHARING_ROUNDS = 4  # in which ops choose by what others chose before
 
 def evaluate(tables: Tables, decisions: Decisions) -> State:
     """Decode and measure. Raises DecodeError."""
-    trace = decode(tables, decisions)
-    return State(decisions, trace, profile(tables, decisions, trace))
+    return State(decisions, *traced(tables, decisions))
 
 
 def first_decisions(tables: Tables) -> Decisions:

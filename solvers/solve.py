@@ -31,7 +31,7 @@ SEARCH_ROUNDS = 400
 GOOD_ENOUGH = 1.005  # times the bound: no second greedy path
 EXACT_OPS = 40
 EXCHANGE_SHARE = 0.5  # of the time for a search, before it
-ANNEAL_SHARE, ANNEAL_SHARE_BOUND = 0.3, 0.8  # of the time left, to anneal what goes to disk; where the disk decides
+ANNEAL_SHARE, ANNEAL_SHARE_BOUND = 0.3, 1.0  # of the time left, to anneal what goes to disk; where the disk decides
 FINISHED_BY = 0.92  # of the time limit: what is begun by then has to be placed and replayed
 ANSWERED_BY = 0.98  # of the time limit: no better bound is waited for
 ALL_USED = 0.9  # of the budget
@@ -39,6 +39,8 @@ BASE_ORDER_SHARE = 0.5  # of the time, where the order is free as well
 DISK_MATTERS = 0.02  # of the compute, that transfers take: then what goes to disk is planned
 DISK_BOUND = 0.5  # likewise: then before the global model, and greedy paths end without an exchange
 DISK_WEIGHTS = (3.0,)  # more greedy paths then
+QUICK_WEIGHTS = (8.0, 20.0)  # and more of them, where the slowest so far took less than this part of the time left
+QUICK = 0.05
 
 
 class Infeasible(ValueError):
@@ -133,14 +135,15 @@ def _offer_paths_and_models(course: Course) -> tuple[list[int], Course]:
     """Greedy paths and, where they are asked for, models; the smallest peak of each path, and the course that they ended with."""
     before = time.monotonic()
     smallest_found = _offer_greedy(course, first_only=course.modelled)
-    if course.modelled and disk_share(course) >= DISK_BOUND:  # what goes to disk decides: that first
+    if course.modelled and disk_share(course) >= DISK_BOUND:  # what goes to disk decides: that, and not the global model
         smallest_found += _offer_greedy(course)
         course = with_held(course, _offer_greedy)
-        smallest_found += _offer_greedy(course, DISK_WEIGHTS)
+        quick = max(course.walked.values(), default=0.0) < QUICK * (course.deadline - time.monotonic())
+        smallest_found += _offer_greedy(course, (*DISK_WEIGHTS, *(QUICK_WEIGHTS if quick else ())))
         offer_plans(course)
         offer_annealed(course, ANNEAL_SHARE_BOUND)
-        offer_model(course)
-    elif course.modelled:  # the model leaves as much time to the second path as the first one took, if there is so much
+        return smallest_found, course
+    if course.modelled:  # the model leaves as much time to the second path as the first one took, if there is so much
         taken = time.monotonic() - before
         second_fits = time.monotonic() + taken < course.deadline
         offer_model(replace(course, deadline=course.deadline - taken) if second_fits else course)

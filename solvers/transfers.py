@@ -9,54 +9,67 @@ A read's deadline is its event, a write's the event that needs its memory.
 
 from __future__ import annotations
 
+import ctypes
 import heapq
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from solvers.decode import READ, Decisions, Tables, Trace
-from solvers.emit import Ints, Moves, run_times
+from solvers.decode import READ, Tables, Trace
+from solvers.emit import OFFLOAD, PREFETCH, RELEASE, Moves, Transfer, moves_of, run_times
 from solvers.evict import State
-from solvers.schedule import Free, Offload, Prefetch, Wait
+from solvers.library import load_library, pointer
+from solvers.native_decode import NATIVE_OPS
 
 HORIZONS = (0.008, 0.015, 0.03, 0.06, 0.12, 1.0)  # of the step's compute: how long before its event a read may begin
 LOOKAHEAD = 12  # reads that are asked whether they fit
 
 
-def overlapped(tables: Tables, decisions: Decisions, trace: Trace, live: Ints, horizon: float) -> Moves:
-    """The trace's transfers, beside its runs where the bytes that are free allow it."""
-    return Placement(tables, decisions, trace, live, horizon).run()
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """Its microseconds, whether a longer horizon leads to another, and the transfers."""
+
+    time_us: int
+    held_back: bool
+    record: list[Transfer]
 
 
 def placed(tables: Tables, state: State, horizons: Sequence[float] = HORIZONS) -> tuple[int, Moves]:
     """The least time with one of the horizons, as the replay counts it, and the transfers then. The state fits the budget."""
-    best: tuple[int, Moves] | None = None
+    walk = NativePlacement(tables, state).run if _is_native(tables) else lambda horizon: Placement(tables, state, horizon).run()
+    best: Walk | None = None
     for horizon in horizons:
-        placement = Placement(tables, state.decisions, state.trace, state.profile.live_bytes, horizon)
-        moves = placement.run()
-        if best is None or placement.clock < best[0]:
-            best = placement.clock, moves
-        if not placement.held_back:  # a longer horizon is the same walk
+        found = walk(horizon)
+        if best is None or found.time_us < best.time_us:
+            best = found
+        if not found.held_back:  # a longer horizon is the same walk
             break
     assert best is not None
-    return best
+    return best.time_us, moves_of(best.record)
+
+
+def _is_native(tables: Tables) -> bool:
+    return len(tables.problem.ops) >= NATIVE_OPS and load_library("transfers") is not None
 
 
 class Placement:
     """One walk. horizon: how long before its event a read may begin, as a share of the step's compute."""
 
-    def __init__(self, tables: Tables, decisions: Decisions, trace: Trace, live: Ints, horizon: float) -> None:
-        self.tables, self.trace = tables, trace
-        self.count = len(trace.kind)
-        self.slack = tables.problem.budget_bytes - live
-        self.times = run_times(tables, decisions, trace)
+    def __init__(self, tables: Tables, state: State, horizon: float) -> None:
+        self.tables, self.trace = tables, state.trace
+        trace, self.count = state.trace, len(state.trace.kind)
+        self.slack = tables.problem.budget_bytes - state.profile.live_bytes
+        self.times = run_times(tables, state.decisions, trace)
         self.before_us = [0, *np.cumsum(np.array(self.times, dtype=np.int64)).tolist()]
         self.reads = [event for event, kind in enumerate(trace.kind) if kind == READ]
         self.horizon_us = horizon * self.before_us[-1]
         self.held_back = False  # a read could not begin yet because of the horizon
         self.next_read = 0
-        self.moves: Moves = {}
+        self.record: list[Transfer] = []
         self.done: dict[int, int] = {}  # read event -> time at which it is complete
         self.complete: dict[int, int] = {}  # written instance -> likewise
         self.clock = self.disk = 0
@@ -87,7 +100,7 @@ class Placement:
                     result[birth] = event + 1
         return result
 
-    def run(self) -> Moves:
+    def run(self) -> Walk:
         for event in range(self.count):
             self.queue_writes(event)
             self.make_room(event)
@@ -100,7 +113,7 @@ class Placement:
                 self.clock += self.times[event]
         self.queue_writes(self.count)
         self.make_room(self.count)
-        return self.moves
+        return Walk(self.clock, self.held_back, self.record)
 
     def queue_writes(self, event: int) -> None:
         for i in self.ready.get(event, ()):
@@ -122,12 +135,12 @@ class Placement:
         storage = self.trace.subject[read]
         self.slack[event:read] -= self.tables.size[storage]
         self.done[read] = self.transfer(self.tables.read_us[storage])
-        self.moves.setdefault(event, []).append(Prefetch(storage))
+        self.record.append((event, PREFETCH, storage))
 
     def ask_write(self, i: int, event: int) -> None:
         storage = self.trace.inst_storage[i]
         self.complete[i] = self.transfer(self.tables.write_us[storage])
-        self.moves.setdefault(event, []).append(Offload(storage))
+        self.record.append((event, OFFLOAD, storage))
 
     def release(self, i: int, event: int) -> None:
         """Wait for the write, and free."""
@@ -135,7 +148,7 @@ class Placement:
             self.ask_write(i, event)
         storage, following = self.trace.inst_storage[i], self.following[i]
         self.clock = max(self.clock, self.complete[i])
-        self.moves.setdefault(event, []).extend([Wait(storage), Free(storage)])
+        self.record.append((event, RELEASE, storage))
         if following in self.blocked:
             self.blocked[following] = event
 
@@ -195,3 +208,42 @@ def _next_births(trace: Trace) -> dict[int, int]:
             result[i] = following.get(storage, len(trace.kind))
         following[storage] = trace.inst_birth[i]
     return result
+
+
+class NativePlacement:
+    """The same walk in C (transfers.c), of one state with one horizon after the other."""
+
+    def __init__(self, tables: Tables, state: State) -> None:
+        problem, trace = tables.problem, state.trace
+        events, extras = zip(*trace.extra, strict=True) if trace.extra else ((), ())
+        indices = (trace.kind, trace.subject, trace.inst_storage, trace.inst_birth, trace.inst_last, trace.inst_ready, trace.writes, events, extras)
+        amounts = (tables.size, tables.read_us, tables.write_us, run_times(tables, state.decisions, trace), state.profile.live_bytes)
+        self.columns: list[NDArray[Any]] = [np.array(column, np.int32) for column in indices]
+        self.columns += [np.array(column, np.int64) for column in amounts]
+        self.step = _Step(
+            len(trace.kind), len(trace.inst_storage), len(trace.writes), len(extras), len(tables.size), LOOKAHEAD,
+            *map(pointer, self.columns), problem.budget_bytes, problem.interference,
+        )  # fmt: skip
+        self.record = np.empty((trace.kind.count(READ) + 2 * len(trace.writes), 3), np.int32)
+
+    def run(self, horizon: float) -> Walk:
+        """As Placement's. Raises MemoryError."""
+        library = load_library("transfers")
+        assert library is not None
+        library.mebp_place_transfers.restype = ctypes.c_int64
+        records, held_back = ctypes.c_int64(), ctypes.c_int32()
+        time_us = library.mebp_place_transfers(
+            ctypes.byref(self.step), ctypes.c_double(horizon), pointer(self.record), ctypes.byref(records), ctypes.byref(held_back)
+        )
+        if time_us < 0:
+            raise MemoryError(f"no memory to place the transfers of {len(self.columns[0])} events")
+        return Walk(time_us, bool(held_back.value), list(map(tuple, self.record[: records.value].tolist())))
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("events", "instances", "writes", "extras", "storages", "lookahead")),
+        *((name, ctypes.c_void_p) for name in ("kind", "subject", "storage", "birth", "last", "ready", "write", "extra_event", "extra")),
+        *((name, ctypes.c_void_p) for name in ("size", "read_us", "write_us", "times", "live")),
+        ("budget_bytes", ctypes.c_int64), ("interference", ctypes.c_double),
+    ]  # fmt: skip

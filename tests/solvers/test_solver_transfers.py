@@ -1,16 +1,21 @@
 """solvers.transfers: transfers beside the runs, timed as the replay times them."""
 
+from dataclasses import replace
 
 import pytest
-from generators import small, states_on_disk, transformer, with_room_for_all
+from generators import layered, small, states_on_disk, transformer, with_room_for_all
 
+from solvers import transfers
 from solvers.check import replay
 from solvers.decode import Tables
-from solvers.emit import emit, synchronous
+from solvers.emit import emit, moves_of, synchronous
 from solvers.greedy import descend
+from solvers.library import load_library
+from solvers.native_decode import NATIVE_OPS
 from solvers.problem import Choice, Op, Problem, Storage
-from solvers.transfers import HORIZONS, Placement, placed
+from solvers.transfers import HORIZONS, NativePlacement, Placement, placed
 
+needs_library = pytest.mark.skipif(load_library("transfers") is None, reason="transfers.c is not built (no C compiler)")
 BATCHES = 4
 
 
@@ -21,11 +26,38 @@ def test_the_walk_is_the_replay(batch: int) -> None:
     for seed in range(batch, 120, BATCHES):
         for tables, state in states_on_disk(small(50_000 + seed)):
             for horizon in HORIZONS:
-                placement = Placement(tables, state.decisions, state.trace, state.profile.live_bytes, horizon)
-                report = replay(tables.problem, emit(tables, state.decisions, state.trace, placement.run()))
-                assert report.time_us == placement.clock
+                walk = Placement(tables, state, horizon).run()
+                report = replay(tables.problem, emit(tables, state.decisions, state.trace, moves_of(walk.record)))
+                assert report.time_us == walk.time_us
                 seen += 1
     assert seen > 60
+
+
+@needs_library
+@pytest.mark.parametrize("interference", [0.0, 0.37])
+def test_transfers_c_walks_alike(interference: float) -> None:
+    """Microsecond for microsecond, transfer for transfer, and as far as the horizon matters."""
+    seen = held_back = 0
+    problems = [*(small(60_000 + seed) for seed in range(60)), with_room_for_all(transformer(2, 32, 16)), layered(1, 120)]
+    for problem in problems:
+        for tables, state in states_on_disk(replace(problem, interference=interference)):
+            native = NativePlacement(tables, state)
+            for horizon in HORIZONS:
+                walk = Placement(tables, state, horizon).run()
+                assert native.run(horizon) == walk
+                seen, held_back = seen + 1, held_back + walk.held_back
+    assert seen > 300
+    assert 0 < held_back < seen
+
+
+def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same time and transfers."""
+    tables, state = states_on_disk(with_room_for_all(transformer(2, 32, 16)))[-1]
+    assert len(tables.problem.ops) >= NATIVE_OPS
+    one = placed(tables, state)
+    monkeypatch.setattr(transfers, "load_library", lambda name: None)
+    monkeypatch.setattr(transfers, "NativePlacement", None)
+    assert placed(tables, state) == one
 
 
 def test_a_step_with_streamed_weights_overlaps() -> None:
