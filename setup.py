@@ -17,6 +17,7 @@ LIBRARIES = {  # shared library: (C source, libraries to link, how products and 
     "mebp_compile.kernels._cross_entropy": ("mebp_compile/kernels/cross_entropy.c", ["m"], SAME),
     "mebp_compile.kernels._fused": ("mebp_compile/kernels/fused.c", ["m"], FUSED),
     "solvers._anneal": ("solvers/anneal.c", ["m"], SAME),
+    "solvers._closure": ("solvers/closure.c", ["m"], SAME),
     "solvers._decode": ("solvers/decode.c", [], SAME),
     "solvers._disk_anneal": ("solvers/disk_anneal.c", ["m"], SAME),
     "solvers._pack": ("solvers/pack.c", [], SAME),

@@ -4,23 +4,12 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "tables.h"
+
 #define EXPORT __attribute__((visibility("default")))
 
 enum { RUN = 0, READ = 1 };
 enum { DONE = 0, NO_ROOM = 1, TOO_MANY = 2, TWO_VERSIONS = 3, GONE = 4, RUNS_ONCE = 5, LOST = 6, NOT_HOME = 7 }; /* as in native_decode.py */
-
-typedef struct {
-  int32_t storage, version;
-} Value;
-
-typedef struct { /* a problem as Tables has it; lists of lists as first[k]..first[k + 1] */
-  int32_t ops, storages;
-  int64_t constant_bytes, most_events;
-  const int32_t *first_way, *first_need, *first_write, *first_create, *create, *first_producer, *producer, *final;
-  const Value *need, *write;
-  const int64_t *way_us, *workspace, *size, *read_us, *write_us;
-  const uint8_t *optional, *rerunnable, *persistent, *output, *stored, *may_spill;
-} Tables;
 
 typedef struct { /* cuts of a storage: cut[cut_from] up to cut[cut_to] */
   const int32_t *choice, *cut_from, *cut_to, *cut;
@@ -121,13 +110,6 @@ static int read_back(Decoder *c, Value value) {
   return event < 0 ? NO_ROOM : born(c, value.storage, value.version, (int32_t)event, c->group);
 }
 
-/* What the op needs in the way that is chosen. */
-static const Value *needs(const Decoder *c, int32_t op, int32_t *count) {
-  const int32_t way = c->p->first_way[op] + c->d->choice[op];
-  *count = c->p->first_need[way + 1] - c->p->first_need[way];
-  return c->p->need + c->p->first_need[way];
-}
-
 static int run(Decoder *c, int32_t op) {
   const Tables *p = c->p;
   Trace *t = c->t;
@@ -137,7 +119,7 @@ static int run(Decoder *c, int32_t op) {
   const int32_t event = (int32_t)at;
   c->ran[op] = 1;
   int32_t count;
-  const Value *values = needs(c, op, &count);
+  const Value *values = needs(p, c->d->choice, op, &count);
   for (int32_t k = 0; k < count; k++)
     if (t->version[c->instance[values[k].storage]] != values[k].version) return fail(c, TWO_VERSIONS, values[k].storage, 0);
   if (touch(c, values, count, event)) return NO_ROOM;
@@ -174,11 +156,6 @@ static int check_rerun(Decoder *c, int32_t producer, Value value, int32_t asker)
   return DONE;
 }
 
-static int32_t producer_of(const Tables *p, Value value) {
-  const int32_t at = p->first_producer[value.storage] + value.version;
-  return at < p->first_producer[value.storage + 1] ? p->producer[at] : -1;
-}
-
 /* Make the values available, then run op `first` (if any). Depth first. */
 static int obtain(Decoder *c, const Value *values, int32_t count, int32_t first) {
   const Tables *p = c->p;
@@ -208,7 +185,7 @@ static int obtain(Decoder *c, const Value *values, int32_t count, int32_t first)
     if ((error = check_rerun(c, producer, value, f->op != first ? f->op : -1))) return error;
     c->open[producer] = 1;
     int32_t needed;
-    const Value *inner = needs(c, producer, &needed);
+    const Value *inner = needs(p, c->d->choice, producer, &needed);
     const int32_t found = missing(c, inner, needed, c->wanted + top);
     c->stack[depth++] = (Frame){producer, top, top + found, 0};
     top += found;
@@ -249,7 +226,7 @@ static int decode(Decoder *c) {
   for (c->group = 0; c->group < p->ops; c->group++) {
     if (p->optional[c->group]) continue; /* it runs when somebody reads what it makes */
     int32_t count;
-    const Value *values = needs(c, c->group, &count);
+    const Value *values = needs(p, c->d->choice, c->group, &count);
     if ((error = obtain(c, values, count, c->group))) return error;
   }
   return end(c, c->wanted + p->first_need[p->first_way[p->ops]] + p->storages);

@@ -11,10 +11,11 @@ and the op that attains the peak may be run in another of its ways.
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
+from solvers.closure import Closure, Question, Rates, closures
 from solvers.decode import RUN, Decisions, Tables, Trace
 from solvers.emit import Ints, Profile
 from solvers.problem import Choice
@@ -22,7 +23,6 @@ from solvers.problem import Choice
 CLOSURE_LIMITS = (40, 200)  # ops of a closure: short ones are tried first
 EVENTS_PER_ROUND = 60
 PRICE_FACTORS = (1.0, 8.0, float("inf"))
-NEARBY_GROUPS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,40 +32,6 @@ class State:
     decisions: Decisions
     trace: Trace
     profile: Profile
-
-
-@dataclass(slots=True)
-class Closure:
-    """What bringing a value back takes: microseconds, inputs kept longer, storages rebuilt, ops run again."""
-
-    cost_us: float = 0.0
-    visits: int = 0  # never rolled back: it bounds the search for the closure
-    extended_bytes: int = 0
-    extended: list[int] = field(default_factory=list)
-    rebuilt: list[int] = field(default_factory=list)
-    ops: list[int] = field(default_factory=list)
-
-    def value(self, price: float) -> float:
-        """Microseconds, with each byte kept longer counted at `price`."""
-        return self.cost_us + (price * self.extended_bytes if self.extended_bytes else 0.0)
-
-    def mark(self) -> tuple[float, int, int, int, int]:
-        """A point to roll back to."""
-        return self.cost_us, self.extended_bytes, len(self.extended), len(self.rebuilt), len(self.ops)
-
-    def rollback(self, mark: tuple[float, int, int, int, int]) -> None:
-        """Forget what was added since `mark`."""
-        self.cost_us, self.extended_bytes = mark[0], mark[1]
-        del self.extended[mark[2] :], self.rebuilt[mark[3] :], self.ops[mark[4] :]
-
-
-@dataclass(frozen=True, slots=True)
-class _Question:
-    """What a closure is asked for: storage to be back at group `use`; what a byte kept longer is worth."""
-
-    storage: int
-    use: int
-    price: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,19 +49,6 @@ class Eviction:
         return self.cost_us / self.gain_bytes
 
 
-@dataclass(slots=True)
-class Rates:
-    """How the rounds judge: price_us_per_byte grows with the evictions made; transfers count with a weight < 1
-    where they overlap compute; storages up to tiny_bytes stay; lost storages can't be recomputed; kept storages stay, and kept ops run as they do."""
-
-    transfer_weight: float
-    tiny_bytes: int
-    price_us_per_byte: float = 1e-9
-    lost: set[int] = field(default_factory=set)
-    kept_storages: frozenset[int] = frozenset()
-    kept_ops: frozenset[int] = frozenset()
-
-
 class Round:
     """Works on a copy of the state's decisions; `run` gives the new ones."""
 
@@ -104,10 +57,12 @@ class Round:
         self.decisions = state.decisions.copy()
         self.live = state.profile.live_bytes.copy()
         trace = state.trace
+        self.closures = closures(tables, trace, self.decisions, rates)
         self.instance = np.array(trace.seg_instance, dtype=np.int64)
         self.start = np.array(trace.seg_start, dtype=np.int64)
         self.end = np.array(trace.seg_end, dtype=np.int64)
-        self.storage: Ints = np.array(trace.inst_storage, dtype=np.int64)[self.instance]
+        self.inst_storage = np.array(trace.inst_storage, dtype=np.int64)
+        self.storage: Ints = self.inst_storage[self.instance]
         sizes, staying = np.array(tables.size, dtype=np.int64), np.array(tables.pinned, dtype=bool)
         staying[list(rates.kept_storages)] = True
         self.open = (sizes[self.storage] > rates.tiny_bytes) & ~staying[self.storage] & (self.end - self.start > 1)
@@ -115,9 +70,11 @@ class Round:
         self.birth = np.array(trace.inst_birth, dtype=np.int64)
         self.last = np.array(trace.inst_last, dtype=np.int64)
         self.kept_longer: list[tuple[int, int, int]] = []  # (storage, first event, last event)
-        self.reruns = _reruns(trace)
-        self.run_count = _run_counts(trace, len(tables.reads))
-        self.present: dict[int, int] = {}
+        self.first_version = (np.array(tables.created_by, dtype=np.int64) >= 0).astype(np.int32)
+        self.written = np.zeros(len(sizes), dtype=bool)
+        self.written[list(tables.written)] = True
+        runs = np.array(trace.subject, dtype=np.int64)[np.array(trace.kind, dtype=np.int64) == RUN]
+        self.run_count: list[int] = np.bincount(runs, minlength=len(tables.reads)).tolist()
         self.options: list[tuple[int, int]] = []
         self.applied = 0
         self.closure_limit = CLOSURE_LIMITS[0]
@@ -145,7 +102,7 @@ class Round:
 
     def relieve(self, event: int) -> None:
         """Evict at one event, cheapest first, until it is at the target. Prices are refreshed when their turn comes."""
-        self.present = self.present_at(event)
+        self.look(event)
         heap: list[tuple[float, int]] = []
         self.options = self.other_choices(event)
         inside = np.flatnonzero((self.start < event) & (self.end > event) & self.open & ~self.evicted)
@@ -164,18 +121,18 @@ class Round:
                 continue
             self.apply(fresh, candidate, event)
 
-    def present_at(self, event: int) -> dict[int, int]:
-        """Storages in memory during the event -> version, as far as this round knows."""
-        inside = np.flatnonzero((self.birth <= event) & (self.last >= event)).tolist()
-        group = self.group_of(event)
-        present = {s: self.tables.version_at(s, group) for s in (self.trace.inst_storage[i] for i in inside)}
-        gone = np.flatnonzero(self.evicted & (self.start < event) & (self.end > event))
-        for storage in self.storage[gone].tolist():
-            present.pop(storage, None)
+    def look(self, event: int) -> None:
+        """What is in memory during the event, and at which version, as far as this round knows."""
+        present, group = self.closures.present, self.group_of(event)
+        storages = self.inst_storage[(self.birth <= event) & (self.last >= event)]
+        present.fill(-1)
+        present[storages] = self.first_version[storages]
+        for storage in storages[self.written[storages]].tolist():
+            present[storage] = self.tables.version_at(storage, group)
+        present[self.storage[self.evicted & (self.start < event) & (self.end > event)]] = -1
         for storage, first, last in self.kept_longer:
             if first < event < last:
                 present[storage] = self.tables.version_at(storage, group)
-        return present
 
     def other_choices(self, event: int) -> list[tuple[int, int]]:
         """(op, choice): other ways, which take less, of the event's op; and, where it makes what need not be made, of those who read that."""
@@ -232,7 +189,7 @@ class Round:
 
     def price_choice(self, op: int, k: int) -> Eviction | None:
         now, other = self.choices(op)[self.decisions.choice[op]], self.choices(op)[k]
-        here = sum(self.tables.size[s] for s in other.reads if s in self.present and s not in now.reads and not self.tables.pinned[s])
+        here = sum(self.tables.size[s] for s in other.reads if self.closures.present[s] >= 0 and s not in now.reads and not self.tables.pinned[s])
         gain = self.taken(now) - self.taken(other) + here
         if gain <= 0:
             return None
@@ -260,68 +217,12 @@ class Round:
         storage = int(self.storage[segment])
         if storage in self.decisions.spilled:
             return None
-        use = self.group_of(int(self.end[segment]))
-        closure, size = Closure(), self.tables.size[storage]
-        version = self.tables.version_at(storage, use)
-        if not self.rebuild(storage, version, _Question(storage, use, price), closure, float("inf")):
+        size = self.tables.size[storage]
+        closure = self.closures.find(Question(storage, self.group_of(int(self.end[segment])), price, self.closure_limit))
+        if closure is None:
             return None
         gain = size - closure.extended_bytes
         return Eviction("rerun", gain, closure.cost_us, closure) if gain * 8 >= size and gain > 0 else None
-
-    def rebuild(self, storage: int, version: int, question: _Question, closure: Closure, cap: float) -> bool:
-        """Add to the closure what running the value's producer again takes. False: impossible, or dearer than cap."""
-        tables, use = self.tables, question.use
-        producer = tables.producer.get((storage, version), -1)
-        if producer < 0 or not tables.problem.ops[producer].rerunnable or storage in self.rates.lost:
-            return False
-        closure.visits += 1
-        closure.rebuilt.append(storage)
-        if producer in closure.ops:
-            return True
-        closure.ops.append(producer)
-        choice = self.decisions.choice[producer]
-        if not self.runs_nearby(producer, use):
-            closure.cost_us += tables.problem.ops[producer].choices[choice].time_us
-        if closure.visits > self.closure_limit:
-            return False
-        for need, need_version in tables.needs(producer, choice):
-            chained = need == storage and tables.created_by[need] >= 0
-            if need in tables.written and not chained and tables.version_at(need, use) != need_version:
-                return False
-            if not self.bring(need, need_version, question, closure, cap):
-                return False
-        return closure.value(question.price) <= cap
-
-    def bring(self, storage: int, version: int, question: _Question, closure: Closure, cap: float) -> bool:
-        """Add to the closure what the input takes: nothing if live, a read, its own closure, or a longer life."""
-        is_root = storage == question.storage
-        if (not is_root and self.present.get(storage) == version) or storage in closure.extended:
-            return True
-        if not is_root and storage in closure.rebuilt:
-            return True
-        size = self.tables.size[storage]
-        if self.comes_from_disk(storage):
-            closure.cost_us += self.rates.transfer_weight * self.tables.read_us[storage]
-            return True
-        may_stay = not is_root and self.tables.version_at(storage, question.use) == version
-        mark = closure.mark()
-        if not may_stay or (size > self.rates.tiny_bytes and self.tables.created_by[storage] >= 0):
-            own_cap = closure.value(question.price) + question.price * size if may_stay else float("inf")
-            if self.rebuild(storage, version, question, closure, min(cap, own_cap)):
-                return True
-        closure.rollback(mark)
-        if not may_stay or (question.price == float("inf") and size > self.rates.tiny_bytes):
-            return False
-        closure.extended.append(storage)
-        closure.extended_bytes += size
-        return True
-
-    def comes_from_disk(self, storage: int) -> bool:
-        return storage in self.decisions.away or storage in self.decisions.spilled
-
-    def runs_nearby(self, op: int, use: int) -> bool:
-        """The op runs again anyway, at most a little before or after group `use`."""
-        return any(abs(group - use) <= NEARBY_GROUPS for group in self.reruns.get(op, ()))
 
     def apply(self, eviction: Eviction, candidate: int, event: int) -> None:
         """Carry the eviction out in the decisions and in the estimate of live bytes."""
@@ -330,6 +231,7 @@ class Round:
         if eviction.how == "choice":
             op, k = self.options[-1 - candidate]
             self.decisions.choice[op] = k
+            self.closures.chosen(op)
             self.live[event] -= eviction.gain_bytes
             return
         storage, boundary = int(self.storage[candidate]), self.boundary(candidate, event)
@@ -341,6 +243,7 @@ class Round:
                 self.move_away(storage)
         elif eviction.how == "disk":
             self.decisions.spilled.add(storage)
+            self.closures.gone(storage)
         if inner or not self.tables.problem.storages[storage].persistent:
             self.decisions.cut(storage, boundary)
         if eviction.closure is not None:
@@ -353,16 +256,16 @@ class Round:
                 self.decisions.cut(storage, boundary)
         for storage in closure.extended:
             self.kept_longer.append((storage, first, last))
-            self.present[storage] = self.tables.version_at(storage, boundary)
+            self.closures.present[storage] = self.tables.version_at(storage, boundary)
             self.live[max(first + 1, 0) : last] += self.tables.size[storage]
         for op in closure.ops:
-            self.reruns.setdefault(op, []).append(self.group_of(last))
+            self.closures.add_rerun(op, self.group_of(last))
 
     def drop(self, segment: int) -> None:
         """The segment no longer occupies memory between its two events."""
         storage = int(self.storage[segment])
         self.evicted[segment] = True
-        self.present.pop(storage, None)
+        self.closures.present[storage] = -1
         self.live[self.start[segment] + 1 : self.end[segment]] -= self.tables.size[storage]
 
     def move_away(self, storage: int) -> None:
@@ -370,26 +273,7 @@ class Round:
         if storage in self.decisions.away:
             return
         self.decisions.away.add(storage)
+        self.closures.gone(storage)
         outer = (self.start < 0) | (self.end >= len(self.live))
         for segment in np.flatnonzero((self.storage == storage) & outer & ~self.evicted).tolist():
             self.drop(segment)
-
-
-def _reruns(trace: Trace) -> dict[int, list[int]]:
-    """Op -> groups in which it runs again."""
-    seen: set[int] = set()
-    result: dict[int, list[int]] = {}
-    for kind, subject, group in zip(trace.kind, trace.subject, trace.group, strict=True):
-        if kind == RUN and subject in seen:
-            result.setdefault(subject, []).append(group)
-        elif kind == RUN:
-            seen.add(subject)
-    return result
-
-
-def _run_counts(trace: Trace, count: int) -> list[int]:
-    result = [0] * count
-    for kind, subject in zip(trace.kind, trace.subject, strict=True):
-        if kind == RUN:
-            result[subject] += 1
-    return result

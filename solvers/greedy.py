@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from solvers.bounds import working_set
+from solvers.closure import Rates
 from solvers.decode import Decisions, DecodeError, Tables
-from solvers.evict import Rates, Round, State
+from solvers.evict import Round, State
 from solvers.native_decode import traced
 from solvers.problem import Choice, Op
 

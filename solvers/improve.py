@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from solvers.closure import Rates
 from solvers.decode import RUN, Decisions, DecodeError, Tables, Trace
-from solvers.evict import Rates, State
+from solvers.evict import State
 from solvers.greedy import SMALL_OPS, TINY_FRACTION, evaluate, next_state
 from solvers.transfers import HORIZONS, placed
 

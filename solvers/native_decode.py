@@ -23,7 +23,8 @@ ERRORS = {  # of decode.c -> what is said of the storage
 }  # fmt: skip
 COLUMNS = ("kind", "subject", "group", "storage", "birth", "last", "ready", "version", "touched",
            "seg_instance", "seg_start", "seg_end", "write", "extra_event", "extra")  # fmt: skip
-INDEX_LISTS = ("first_way", "first_need", "first_write", "first_create", "create", "first_producer", "producer", "final", "need", "write")
+INDEX_LISTS = ("first_way", "first_need", "first_write", "first_create", "create", "first_producer", "producer", "first_writer", "writer",
+               "created_by", "final", "need", "write")  # fmt: skip
 NUMBERS, FLAGS = ("way_us", "workspace", "size", "read_us", "write_us"), ("optional", "rerunnable", "persistent", "output", "stored", "may_spill")
 
 
@@ -51,11 +52,16 @@ def traced(tables: Tables, decisions: Decisions) -> tuple[Trace, Profile]:
     """The trace of the decisions, and what it occupies and costs with synchronous transfers. Raises DecodeError where a dropped value can't be
     brought back."""
     if len(tables.problem.ops) >= NATIVE_OPS and load_library("decode") is not None:
-        native: NativeDecoder = tables.native or NativeDecoder(tables)
-        tables.native = native
-        return native.run(decisions)
+        return native_decoder(tables).run(decisions)
     trace = decode(tables, decisions)
     return trace, profile(tables, decisions, trace)
+
+
+def native_decoder(tables: Tables) -> NativeDecoder:
+    """The one of the tables."""
+    native: NativeDecoder = tables.native or NativeDecoder(tables)
+    tables.native = native
+    return native
 
 
 class NativeDecoder:
@@ -70,11 +76,14 @@ class NativeDecoder:
         for (s, version), op in tables.producer.items():
             producers[s] += [-1] * (version + 1 - len(producers[s]))
             producers[s][version] = op
+        writers = [tables.written.get(s, []) for s in range(self.storages)]
         self.columns: dict[str, NDArray[Any]] = {
             "first_way": _firsts(op.choices for op in ops), "first_need": _firsts(needs), "need": _joined(needs),
             "first_write": _firsts(tables.writes), "write": _joined(tables.writes),
             "first_create": _firsts(op.creates for op in ops), "create": _joined(op.creates for op in ops),
-            "first_producer": _firsts(producers), "producer": _joined(producers), "final": np.array(tables.final, np.int32),
+            "first_producer": _firsts(producers), "producer": _joined(producers),
+            "first_writer": _firsts(writers), "writer": _joined(writers),
+            **{name: np.array(getattr(tables, name), np.int32) for name in ("created_by", "final")},
             "way_us": np.array([way.time_us for way in ways], np.int64), "workspace": np.array([way.workspace_bytes for way in ways], np.int64),
             **{name: np.array(getattr(tables, name), np.int64) for name in ("size", "read_us", "write_us")},
             **{name: np.array([getattr(op, name) for op in ops], np.uint8) for name in ("optional", "rerunnable")},
