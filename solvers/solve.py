@@ -31,6 +31,7 @@ SEARCH_ROUNDS = 400
 GOOD_ENOUGH = 1.005  # times the bound: no second greedy path
 EXACT_OPS = 40
 EXCHANGE_SHARE = 0.5  # of the time for a search, before it
+PLAN_SHARE = 0.75  # of the time left, for plans of what goes to disk where the disk decides
 ANNEAL_SHARE, ANNEAL_SHARE_BOUND = 0.3, 1.0  # of the time left, to anneal what goes to disk; where the disk decides
 FINISHED_BY = 0.92  # of the time limit: what is begun by then has to be placed and replayed
 ANSWERED_BY = 0.98  # of the time limit: no better bound is waited for
@@ -140,7 +141,8 @@ def _offer_paths_and_models(course: Course) -> tuple[list[int], Course]:
         course = with_held(course, _offer_greedy)
         quick = max(course.walked.values(), default=0.0) < QUICK * (course.deadline - time.monotonic())
         smallest_found += _offer_greedy(course, (*DISK_WEIGHTS, *(QUICK_WEIGHTS if quick else ())))
-        offer_plans(course)
+        now = time.monotonic()
+        offer_plans(replace(course, deadline=now + PLAN_SHARE * (course.deadline - now)))
         offer_annealed(course, ANNEAL_SHARE_BOUND)
         return smallest_found, course
     if course.modelled:  # the model leaves as much time to the second path as the first one took, if there is so much
