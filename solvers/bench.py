@@ -136,7 +136,8 @@ def run(folder: Path, entry: Entry, effort: str, time_limit_s: float) -> Row:
 def updated(row: Row) -> Entry:
     """The entry with what the row improves. Raises BenchError where a bound and a value contradict each other: neither is then recorded."""
     entry = replace(row.entry, bound_us=row.best_bound_us)
-    if row.known_us is None or row.found.time_us < row.known_us:
+    known = row.entry.records.get(row.effort)
+    if known is None or (row.found.time_us, row.found.seconds) < (known.time_us, known.seconds):
         entry = replace(entry, records={**entry.records, row.effort: row.found})
     if entry.best_us is not None and entry.bound_us > entry.best_us:
         raise BenchError(f"{entry.name}: {'; '.join(row.faults())}; nothing was recorded, find out which with `python -m solvers check`")

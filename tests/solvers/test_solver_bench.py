@@ -40,8 +40,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_only_what_is_better_is_recorded() -> None:
-    """A faster answer and a higher bound replace the old ones; a slower answer and a lower bound change nothing."""
+    """A faster answer and a higher bound replace the old ones, and the same answer found sooner; a slower answer and a lower bound change nothing."""
     assert updated(row(1004, 800)) == ENTRY
+    assert updated(Row(ENTRY, "fast", replace(KNOWN, seconds=KNOWN.seconds + 1), 0)) == ENTRY
+    assert updated(Row(ENTRY, "fast", replace(KNOWN, seconds=KNOWN.seconds / 2), 0)).records["fast"].seconds == KNOWN.seconds / 2
     better = updated(row(980, 950))
     assert (better.best_us, better.bound_us, better.records["fast"].commit) == (980, 950, "def")
     first = updated(Row(ENTRY, "balanced", replace(KNOWN, time_us=990), 0))
