@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Iterator
 
@@ -61,7 +62,7 @@ def offer_plans(course: Course) -> None:
         chains = better[: (len(better) + 1) // 2]
 
 
-def offer_annealed(course: Course, share: float) -> None:
+def offer_annealed(course: Course, share: float = 1.0) -> None:
     """From the best states on, each of another time, what goes to disk and when is annealed: in rounds of equal time, after each of which the better
     half goes on, and the last one as long as it gets better; in a share of the time left."""
     deadline = time.monotonic() + share * (course.deadline - time.monotonic())
@@ -69,15 +70,14 @@ def offer_annealed(course: Course, share: float) -> None:
     distinct = {judge(state): (state, weight) for state, weight in course.states}
     begun = ((DiskAnnealing(course.tables, state), weight) for _, (state, weight) in sorted(distinct.items(), key=lambda pair: pair[0]))
     chains = list(itertools.islice((chain for chain in begun if chain[0].possible()), ANNEALED))
-    least_us, better = 0, len(chains) > 0
-    for turn in itertools.count():
-        if not better:
-            return
+    least_us, turn = math.inf, 0
+    while chains:
         until = time.monotonic() + (deadline - time.monotonic()) / len(chains).bit_length()
         times = [_annealed_us(course, *chain, (until - time.monotonic()) / (len(chains) - k), turn) for k, chain in enumerate(chains)]
         found = sorted((us, k) for k, us in enumerate(times) if us is not None)
-        better = len(found) > 0 and (len(chains) > 1 or found[0][0] < least_us)
-        least_us = found[0][0] if found else 0
+        if len(chains) == 1 and (not found or found[0][0] >= least_us):
+            return
+        least_us, turn = min((us for us, _ in found), default=math.inf), turn + 1
         chains = [chains[k] for _, k in found[: (len(chains) + 1) // 2]]
 
 

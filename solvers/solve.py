@@ -32,7 +32,7 @@ GOOD_ENOUGH = 1.005  # times the bound: no second greedy path
 EXACT_OPS = 40
 EXCHANGE_SHARE = 0.5  # of the time for a search, before it
 PLAN_SHARE = 0.75  # of the time left, for plans of what goes to disk where the disk decides
-ANNEAL_SHARE, ANNEAL_SHARE_BOUND = 0.3, 1.0  # of the time left, to anneal what goes to disk; where the disk decides
+ANNEAL_SHARE = 0.3  # of the time left, to anneal what goes to disk; where the disk decides, all of it
 FINISHED_BY = 0.92  # of the time limit: what is begun by then has to be placed and replayed
 ANSWERED_BY = 0.98  # of the time limit: no better bound is waited for
 ALL_USED = 0.9  # of the budget
@@ -143,7 +143,7 @@ def _offer_paths_and_models(course: Course) -> tuple[list[int], Course]:
         smallest_found += _offer_greedy(course, (*DISK_WEIGHTS, *(QUICK_WEIGHTS if quick else ())))
         now = time.monotonic()
         offer_plans(replace(course, deadline=now + PLAN_SHARE * (course.deadline - now)))
-        offer_annealed(course, ANNEAL_SHARE_BOUND)
+        offer_annealed(course)
         return smallest_found, course
     if course.modelled:  # the model leaves as much time to the second path as the first one took, if there is so much
         taken = time.monotonic() - before
