@@ -38,9 +38,10 @@ from mebp_compile.runtime.setup import make_engine
 from mebp_compile.runtime.state import LiveState
 from solvers import Free, Offload, Prefetch, Run, Schedule
 from solvers.decode import Decisions, DecodeError, Tables, decode
-from solvers.emit import emit, profile, synchronous
+from solvers.emit import emit, synchronous
+from solvers.greedy import evaluate
 from solvers.solve import Solution
-from solvers.transfers import overlapped
+from solvers.transfers import placed
 
 BUDGET_BYTES = 10**9
 
@@ -136,12 +137,11 @@ def random_schedule(draw: random.Random) -> Schedule:
             for _ in range(draw.choice([0, 1, 3])):
                 decisions.cut(index, draw.randrange(1, len(problem.ops)))
         try:
-            trace = decode(tables, decisions)
+            state = evaluate(tables, decisions)
         except DecodeError:
             continue
-        live = profile(tables, decisions, trace).live_bytes
-        transfers = synchronous(trace) if draw.random() < 0.5 else overlapped(tables, decisions, trace, live, draw.choice([1.0, 2.0]))
-        return emit(tables, decisions, trace, transfers)
+        transfers = synchronous(state.trace) if draw.random() < 0.5 else placed(tables, state, (draw.choice([1.0, 2.0]),))[1]
+        return emit(tables, decisions, state.trace, transfers)
 
 
 @pytest.mark.parametrize("seed", range(12))

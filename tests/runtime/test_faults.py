@@ -45,9 +45,10 @@ from mebp_compile.measure.transfer import DiskThread, Ticket
 from mebp_compile.runtime.activations import ActivationStore, Slot
 from mebp_compile.runtime.weights import WeightStore
 from solvers.decode import Decisions, Tables, decode
-from solvers.emit import emit, profile, synchronous
+from solvers.emit import emit, synchronous
+from solvers.greedy import evaluate
 from solvers.solve import Solution
-from solvers.transfers import overlapped
+from solvers.transfers import placed
 
 TABLE = 256
 FROZEN = ("0.weight", "3.weight")
@@ -92,9 +93,8 @@ def everything_away(problem: solvers.Problem) -> Solution:
     """All state and all weights at home on disk, all activations there between forward and backward, transfers overlapped with the ops."""
     tables, decisions = spilling(problem)
     decisions.away.update(index for index, may in enumerate(tables.may_leave) if may)
-    trace = decode(tables, decisions)
-    transfers = overlapped(tables, decisions, trace, profile(tables, decisions, trace).live_bytes, 1.0)
-    return solution(problem, emit(tables, decisions, trace, transfers))
+    state = evaluate(tables, decisions)
+    return solution(problem, emit(tables, decisions, state.trace, placed(tables, state, (1.0,))[1]))
 
 
 def frozen_lent(problem: solvers.Problem) -> Solution:
