@@ -120,10 +120,10 @@ static int bring(Search *q, Value value, double cap) {
   return 1;
 }
 
-/* 1: `closure` has what it takes that the storage is back at this version for the use; 0: it can't be. */
-EXPORT int mebp_closure(const Setting *s, int32_t storage, int32_t version, int32_t use, double price, int32_t limit, Closure *closure) {
+/* 1: `closure` has what it takes that the storage is back for the use, as base op `use` finds it; 0: it can't be. */
+EXPORT int mebp_closure(const Setting *s, int32_t storage, int32_t use, double price, int32_t limit, Closure *closure) {
   Search q = {s, closure, storage, use, limit, price};
   closure->cost_us = 0, closure->extended_bytes = 0;
   closure->visits = closure->extended_count = closure->rebuilt_count = closure->op_count = 0;
-  return rebuild(&q, (Value){storage, version}, INFINITY);
+  return rebuild(&q, (Value){storage, version_at(s->tables, storage, use)}, INFINITY);
 }

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from solvers.decode import RUN, Decisions, Tables, Trace
-from solvers.library import load_library, pointer
-from solvers.native_decode import NATIVE_OPS, native_decoder
+from solvers.library import load_library, native, pointer
+from solvers.native_decode import native_decoder
 
 NEARBY_GROUPS = 64
 ROOM = 1000  # of a closure's lists, beside that for each storage once
@@ -223,10 +223,9 @@ class NativeClosures:
     def find(self, question: Question) -> Closure | None:
         """As Closures'."""
         assert self.library is not None
-        storage, use, found = question.storage, question.use, self.closure
-        version = self.tables.version_at(storage, use)
+        found = self.closure
         if not self.library.mebp_closure(
-            ctypes.byref(self.setting), storage, version, use, ctypes.c_double(question.price), question.limit, ctypes.byref(found)
+            ctypes.byref(self.setting), question.storage, question.use, ctypes.c_double(question.price), question.limit, ctypes.byref(found)
         ):
             return None
         counts = {"extended": found.extended_count, "rebuilt": found.rebuilt_count, "ops": found.op_count}
@@ -235,5 +234,5 @@ class NativeClosures:
 
 def closures(tables: Tables, trace: Trace, decisions: Decisions, rates: Rates) -> Closures | NativeClosures:
     """In C where that pays."""
-    native = len(tables.problem.ops) >= NATIVE_OPS and load_library("closure") is not None and load_library("decode") is not None
-    return (NativeClosures if native else Closures)(tables, trace, decisions, rates)
+    made = NativeClosures if native(len(tables.problem.ops), "closure", "decode") else Closures
+    return made(tables, trace, decisions, rates)

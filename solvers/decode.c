@@ -8,7 +8,6 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-enum { RUN = 0, READ = 1 };
 enum { DONE = 0, NO_ROOM = 1, TOO_MANY = 2, TWO_VERSIONS = 3, GONE = 4, RUNS_ONCE = 5, LOST = 6, NOT_HOME = 7 }; /* as in native_decode.py */
 
 typedef struct { /* cuts of a storage: cut[cut_from] up to cut[cut_to] */

@@ -12,12 +12,12 @@
 #include <time.h>
 
 #include "random.h"
+#include "transfers.h"
 
 #define EXPORT __attribute__((visibility("default")))
 #define ENDLESS ((int64_t)1 << 62)
 
 enum { BLOCK = 32, LOOK_AHEAD = 12, REPAIRS = 40, MOST_TOGETHER = 16, PARTNERS = 48, CLOCK_EVERY = 32 };
-enum { READ, WRITE, FREE }; /* in the record */
 
 static const double NEW_LEAD = 0.02, HOMES = 0.5, ALONE = 0.4; /* shares of the candidates: with another lead; with other homes; with one gap turned */
 
@@ -58,9 +58,8 @@ typedef struct {
   int first_return;                      /* the run at which the first of those values is needed again */
   int64_t *complete, *done; /* of a value's write, a gap's read; ENDLESS before it is asked for */
   int32_t *written, *ready_at, *short_at; /* a value's gap at which it is written or -1; of a gap: where the storage is free to be read, the last run without room */
-  int32_t *past, *next_past, *reads, *carried, *queue;
-  int64_t *queue_due;
-  int32_t queued, *record;
+  int32_t *past, *next_past, *reads, *carried, *record;
+  Queue queue;
   int64_t records;
 } Walk;
 
@@ -140,43 +139,22 @@ static void ask_read(Walk *w, int gap, int run) {
   const int storage = w->step->storage[gap];
   take(&w->room, w->step->runs, run, w->step->to[gap], w->step->size[storage]);
   w->done[gap] = transfer(w, w->step->read_us[storage]);
-  note(w, run, READ, storage);
+  note(w, run, PREFETCH, storage);
 }
 
 static void ask_write(Walk *w, int value, int run) {
   const int storage = w->step->storage[w->written[value]];
   w->complete[value] = transfer(w, w->step->write_us[storage]);
   if (w->complete[value] < w->first_complete) w->first_complete = w->complete[value];
-  note(w, run, WRITE, storage);
+  note(w, run, OFFLOAD, storage);
 }
 
 /* Waits for the write, and frees. */
 static void release(Walk *w, int value, int run) {
   if (w->complete[value] == ENDLESS) ask_write(w, value, run);
   if (w->complete[value] > w->clock) w->clock = w->complete[value];
-  note(w, run, FREE, w->step->storage[w->written[value]]);
+  note(w, run, RELEASE, w->step->storage[w->written[value]]);
   w->ready_at[w->written[value]] = run;
-}
-
-static int due_before(const Walk *w, int64_t due, int value, int at) { return due < w->queue_due[at] || (due == w->queue_due[at] && value < w->queue[at]); }
-
-static void push(Walk *w, int64_t due, int value) {
-  int at = w->queued++;
-  for (; at && due_before(w, due, value, (at - 1) / 2); at = (at - 1) / 2) w->queue[at] = w->queue[(at - 1) / 2], w->queue_due[at] = w->queue_due[(at - 1) / 2];
-  w->queue[at] = value, w->queue_due[at] = due;
-}
-
-static int pop(Walk *w) {
-  const int top = w->queue[0], value = w->queue[--w->queued];
-  const int64_t due = w->queue_due[w->queued];
-  int at = 0;
-  for (int below = 1; below < w->queued; below = 2 * at + 1) {
-    if (below + 1 < w->queued && due_before(w, w->queue_due[below + 1], w->queue[below + 1], below)) below++;
-    if (due_before(w, due, value, below)) break;
-    w->queue[at] = w->queue[below], w->queue_due[at] = w->queue_due[below], at = below;
-  }
-  w->queue[at] = value, w->queue_due[at] = due;
-  return top;
 }
 
 /* Before the first run: what is read and written; returns the number of reads. */
@@ -184,7 +162,7 @@ static int begin(Walk *w, const Plan *plan) {
   const Step *s = w->step;
   copy_room(s, &w->room, &plan->room);
   for (int run = 0; run <= s->runs; run++) w->past[run] = -1;
-  w->clock = w->disk = w->left = w->records = w->carried_bytes = 0, w->queued = w->first_return = 0, w->first_complete = ENDLESS;
+  w->clock = w->disk = w->left = w->records = w->carried_bytes = 0, w->queue.count = w->first_return = 0, w->first_complete = ENDLESS;
   for (int value = 0; value < s->values; value++) {
     const int storage = s->storage[s->first[value]];
     const int on_disk = s->stored[value] || (s->maker[value] < 0 && s->persistent[storage] && !plan->home[storage]);
@@ -210,7 +188,7 @@ static int queue_writes(Walk *w, int run, int looked) {
     const int value = s->made[looked], gap = w->written[value];
     if (gap < 0) continue;
     const int end = s->to[gap] < s->runs ? s->to[gap] : s->runs, needed = first_short(&w->room, s->from[gap] + 1, end, s->size[s->storage[gap]]);
-    push(w, s->clock[needed], value);
+    queue_push(&w->queue, s->clock[needed], value);
   }
   return looked;
 }
@@ -279,13 +257,13 @@ static int64_t walk(Walk *w, const Plan *plan, int64_t most) {
       start = w->done[gap] > start ? w->done[gap] : start;
     }
     while (w->disk < (w->clock > start ? w->clock : start) + s->time[run]) {
-      while (w->queued && w->complete[w->queue[0]] != ENDLESS) pop(w);
+      while (w->queue.count && w->complete[w->queue.item[0]] != ENDLESS) queue_pop(&w->queue);
       for (next = next > due ? next : due; next < reads && w->done[w->reads[next]] != ENDLESS;) next++;
-      const int gap = fitting_read(w, run, w->reads + next, reads - next, w->queued ? w->queue_due[0] : ENDLESS, plan->lead);
+      const int gap = fitting_read(w, run, w->reads + next, reads - next, w->queue.count ? w->queue.due[0] : ENDLESS, plan->lead);
       if (gap >= 0)
         ask_read(w, gap, run);
-      else if (w->queued)
-        ask_write(w, pop(w), run);
+      else if (w->queue.count)
+        ask_write(w, queue_pop(&w->queue), run);
       else
         break;
     }
@@ -408,7 +386,7 @@ static Walk new_walk(const Step *s, char **block) {
   return (Walk){.step = s, .room = new_room(s, block), .complete = some(block, s->values, 8), .done = some(block, s->gaps, 8),
                 .written = some(block, s->values, 4), .ready_at = some(block, s->gaps, 4), .short_at = some(block, s->gaps, 4),
                 .past = some(block, s->runs + 1, 4), .next_past = some(block, s->values, 4), .reads = some(block, s->gaps, 4),
-                .carried = some(block, s->values, 4), .queue = some(block, s->values, 4), .queue_due = some(block, s->values, 8)};
+                .carried = some(block, s->values, 4), .queue = {0, some(block, s->values, 4), some(block, s->values, 8)}};
 }
 
 static size_t memory(const Step *s) { return 128 * ((size_t)s->runs + (size_t)s->gaps + (size_t)s->values + (size_t)s->storages + 64); }

@@ -58,11 +58,10 @@ class Round:
         self.live = state.profile.live_bytes.copy()
         trace = state.trace
         self.closures = closures(tables, trace, self.decisions, rates)
-        self.instance = np.array(trace.seg_instance, dtype=np.int64)
         self.start = np.array(trace.seg_start, dtype=np.int64)
         self.end = np.array(trace.seg_end, dtype=np.int64)
         self.inst_storage = np.array(trace.inst_storage, dtype=np.int64)
-        self.storage: Ints = self.inst_storage[self.instance]
+        self.storage: Ints = self.inst_storage[np.array(trace.seg_instance, dtype=np.int64)]
         sizes, staying = np.array(tables.size, dtype=np.int64), np.array(tables.pinned, dtype=bool)
         staying[list(rates.kept_storages)] = True
         self.open = (sizes[self.storage] > rates.tiny_bytes) & ~staying[self.storage] & (self.end - self.start > 1)

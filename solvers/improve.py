@@ -11,7 +11,7 @@ from solvers.closure import Rates
 from solvers.decode import RUN, Decisions, DecodeError, Tables, Trace
 from solvers.evict import State
 from solvers.greedy import SMALL_OPS, TINY_FRACTION, evaluate, next_state
-from solvers.transfers import HORIZONS, placed
+from solvers.transfers import HORIZONS, best_walk
 
 Judge = Callable[[State], float]  # less is better
 JUDGED = (0.06,)  # horizons of transfers.py, for problems that aren't small
@@ -53,7 +53,7 @@ def score(state: State, transfer_weight: float) -> float:
 def placed_us(tables: Tables) -> Judge:
     """Judges by both clocks: the microseconds with transfers placed. The state fits the budget."""
     horizons = HORIZONS if len(tables.problem.ops) <= SMALL_OPS else JUDGED
-    return lambda state: placed(tables, state, horizons)[0] + 1e-3 * len(state.trace.kind)
+    return lambda state: best_walk(tables, state, horizons).time_us + 1e-3 * len(state.trace.kind)
 
 
 def estimated_us(weight: float) -> Judge:

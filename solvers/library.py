@@ -10,6 +10,13 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+NATIVE_OPS = 60  # problems of fewer ops are worked on in Python: a call would cost as much as the work
+
+
+def native(op_count: int, *names: str) -> bool:
+    """The libraries are there, and a problem of so many ops is worth a call."""
+    return op_count >= NATIVE_OPS and all(load_library(name) is not None for name in names)
+
 
 @cache
 def load_library(name: str) -> ctypes.CDLL | None:

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from solvers.decode import FEWEST_RUNS, RUNS_AN_OP, Decisions, DecodeError, Tables, Trace, decode
 from solvers.emit import Profile, profile
-from solvers.library import load_library, pointer
+from solvers.library import load_library, native, pointer
 
-NATIVE_OPS = 60  # problems of fewer are decoded in Python
 NO_ROOM = 1
 ERRORS = {  # of decode.c -> what is said of the storage
     2: "is made over and over: versions undo each other", 3: "is needed at two versions at once", 4: "can't be brought back at version {}",
@@ -51,7 +50,7 @@ class _Trace(ctypes.Structure):
 def traced(tables: Tables, decisions: Decisions) -> tuple[Trace, Profile]:
     """The trace of the decisions, and what it occupies and costs with synchronous transfers. Raises DecodeError where a dropped value can't be
     brought back."""
-    if len(tables.problem.ops) >= NATIVE_OPS and load_library("decode") is not None:
+    if native(len(tables.problem.ops), "decode"):
         return native_decoder(tables).run(decisions)
     trace = decode(tables, decisions)
     return trace, profile(tables, decisions, trace)
@@ -59,9 +58,9 @@ def traced(tables: Tables, decisions: Decisions) -> tuple[Trace, Profile]:
 
 def native_decoder(tables: Tables) -> NativeDecoder:
     """The one of the tables."""
-    native: NativeDecoder = tables.native or NativeDecoder(tables)
-    tables.native = native
-    return native
+    decoder: NativeDecoder = tables.native or NativeDecoder(tables)
+    tables.native = decoder
+    return decoder
 
 
 class NativeDecoder:
@@ -107,10 +106,10 @@ class NativeDecoder:
         library = load_library("decode")
         assert library is not None
         columns = self.decided(decisions)
-        native = _Decisions(*(pointer(column) for column in columns))
+        decided = _Decisions(*(pointer(column) for column in columns))
         while True:
             out = _Trace(room=self.room, live=pointer(self.live), **{name: pointer(column) for name, column in self.made.items()})
-            error = library.mebp_decode(ctypes.byref(self.native), ctypes.byref(native), ctypes.byref(out))
+            error = library.mebp_decode(ctypes.byref(self.native), ctypes.byref(decided), ctypes.byref(out))
             if error != NO_ROOM:
                 break
             self.grow(2 * self.room)

@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+enum { RUN, READ }; /* kinds of events */
+
 typedef struct {
   int32_t storage, version;
 } Value;

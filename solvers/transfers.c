@@ -3,10 +3,11 @@
 #include <stdint.h>
 #include <stdlib.h>
 
+#include "tables.h"
+#include "transfers.h"
+
 #define EXPORT __attribute__((visibility("default")))
 
-enum { RUN = 0, READ = 1 };
-enum { PREFETCH = 0, OFFLOAD = 1, RELEASE = 2 }; /* as in emit.py */
 static const int64_t NEVER = (int64_t)1 << 62;
 
 typedef struct { /* columns of a trace, then what its storages and events take; live: bytes in every event */
@@ -21,10 +22,11 @@ typedef struct {
   const Step *p;
   double horizon_us;
   int held_back;
-  int32_t read_count, next_read, carried_count, queue_count;
+  int32_t read_count, next_read, carried_count;
   int64_t clock, disk;
-  int64_t *slack, *before_us, *done, *complete, *queue_due; /* done: of an event; complete: of an instance, NEVER where it was not asked for */
-  int32_t *reads, *blocked, *following, *ready_first, *ready, *past_first, *past, *carried, *queue, *recent;
+  int64_t *slack, *before_us, *done, *complete; /* done: of an event; complete: of an instance, NEVER where it was not asked for */
+  int32_t *reads, *blocked, *following, *ready_first, *ready, *past_first, *past, *carried, *recent;
+  Queue queue;
   int32_t *record; /* (event, what, storage) each */
   int64_t records;
 } Walk;
@@ -67,34 +69,6 @@ static void look_around(Walk *w) {
     }
 }
 
-static int queue_before(const Walk *w, int32_t a, int32_t b) {
-  return w->queue_due[a] != w->queue_due[b] ? w->queue_due[a] < w->queue_due[b] : w->queue[a] < w->queue[b];
-}
-
-static void queue_swap(Walk *w, int32_t a, int32_t b) {
-  const int32_t i = w->queue[a];
-  const int64_t due = w->queue_due[a];
-  w->queue[a] = w->queue[b], w->queue_due[a] = w->queue_due[b];
-  w->queue[b] = i, w->queue_due[b] = due;
-}
-
-static void push(Walk *w, int64_t due, int32_t i) {
-  int32_t k = w->queue_count++;
-  w->queue[k] = i, w->queue_due[k] = due;
-  for (; k > 0 && queue_before(w, k, (k - 1) / 2); k = (k - 1) / 2) queue_swap(w, k, (k - 1) / 2);
-}
-
-static int32_t pop(Walk *w) {
-  const int32_t result = w->queue[0];
-  queue_swap(w, 0, --w->queue_count);
-  for (int32_t k = 0, next = 1; next < w->queue_count; k = next, next = 2 * k + 1) {
-    if (next + 1 < w->queue_count && queue_before(w, next + 1, next)) next++;
-    if (!queue_before(w, next, k)) break;
-    queue_swap(w, k, next);
-  }
-  return result;
-}
-
 /* The event that needs the memory of a written instance. */
 static int64_t deadline(const Walk *w, int32_t i) {
   const int64_t size = w->p->size[w->p->storage[i]];
@@ -104,7 +78,7 @@ static int64_t deadline(const Walk *w, int32_t i) {
 }
 
 static void queue_writes(Walk *w, int32_t event) {
-  for (int32_t k = w->ready_first[event]; k < w->ready_first[event + 1]; k++) push(w, deadline(w, w->ready[k]), w->ready[k]);
+  for (int32_t k = w->ready_first[event]; k < w->ready_first[event + 1]; k++) queue_push(&w->queue, deadline(w, w->ready[k]), w->ready[k]);
 }
 
 static int64_t transfer(Walk *w, int64_t duration) {
@@ -187,12 +161,12 @@ static int32_t fitting_read(Walk *w, int32_t event, int64_t before) {
 /* Ask for transfers until the disk has enough to do during the event. */
 static void keep_busy(Walk *w, int32_t event) {
   while (w->disk < w->clock + w->p->times[event]) {
-    while (w->queue_count && w->complete[w->queue[0]] != NEVER) pop(w);
-    const int32_t read = fitting_read(w, event, w->queue_count ? w->queue_due[0] : w->p->events);
+    while (w->queue.count && w->complete[w->queue.item[0]] != NEVER) queue_pop(&w->queue);
+    const int32_t read = fitting_read(w, event, w->queue.count ? w->queue.due[0] : w->p->events);
     if (read >= 0)
       ask_read(w, read, event);
-    else if (w->queue_count)
-      ask_write(w, pop(w), event);
+    else if (w->queue.count)
+      ask_write(w, queue_pop(&w->queue), event);
     else
       return;
   }
@@ -239,10 +213,10 @@ EXPORT int64_t mebp_place_transfers(const Step *p, double horizon, int32_t *reco
   int64_t result = -1;
   if (wide && narrow) {
     Walk w = {.p = p, .record = record, .slack = wide, .before_us = wide + events, .done = wide + 2 * events, .complete = wide + 3 * events,
-              .queue_due = wide + 3 * events + instances};
+              .queue.due = wide + 3 * events + instances};
     w.reads = at, at += events, w.blocked = at, at += events, w.ready_first = at, at += events, w.past_first = at, at += events;
     w.following = at, at += instances, w.recent = at, at += storages;
-    w.ready = at, at += writes, w.past = at, at += writes, w.carried = at, at += writes, w.queue = at;
+    w.ready = at, at += writes, w.past = at, at += writes, w.carried = at, at += writes, w.queue.item = at;
     begin(&w, horizon);
     walk(&w);
     result = w.clock, *records = w.records, *held_back = w.held_back;

@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 from solvers.decode import READ, Tables, Trace
 from solvers.emit import OFFLOAD, PREFETCH, RELEASE, Moves, Transfer, moves_of, run_times
 from solvers.evict import State
-from solvers.library import load_library, pointer
-from solvers.native_decode import NATIVE_OPS
+from solvers.library import load_library, native, pointer
 
 HORIZONS = (0.008, 0.015, 0.03, 0.06, 0.12, 1.0)  # of the step's compute: how long before its event a read may begin
 LOOKAHEAD = 12  # reads that are asked whether they fit
@@ -40,7 +39,14 @@ class Walk:
 
 def placed(tables: Tables, state: State, horizons: Sequence[float] = HORIZONS) -> tuple[int, Moves]:
     """The least time with one of the horizons, as the replay counts it, and the transfers then. The state fits the budget."""
-    walk = NativePlacement(tables, state).run if _is_native(tables) else lambda horizon: Placement(tables, state, horizon).run()
+    best = best_walk(tables, state, horizons)
+    return best.time_us, moves_of(best.record)
+
+
+def best_walk(tables: Tables, state: State, horizons: Sequence[float]) -> Walk:
+    """The walk of least time, with one of the horizons."""
+    in_c = native(len(tables.problem.ops), "transfers")
+    walk = NativePlacement(tables, state).run if in_c else lambda horizon: Placement(tables, state, horizon).run()
     best: Walk | None = None
     for horizon in horizons:
         found = walk(horizon)
@@ -49,11 +55,7 @@ def placed(tables: Tables, state: State, horizons: Sequence[float] = HORIZONS) -
         if not found.held_back:  # a longer horizon is the same walk
             break
     assert best is not None
-    return best.time_us, moves_of(best.record)
-
-
-def _is_native(tables: Tables) -> bool:
-    return len(tables.problem.ops) >= NATIVE_OPS and load_library("transfers") is not None
+    return best
 
 
 class Placement:

@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 from generators import layered, small, transformer
 
-from solvers import closure, evict
+from solvers import closure, evict, library
 from solvers.closure import Closures, NativeClosures, Question, Rates
 from solvers.decode import Tables
 from solvers.evict import CLOSURE_LIMITS, Round
 from solvers.greedy import descend
-from solvers.library import load_library
-from solvers.native_decode import NATIVE_OPS
+from solvers.library import NATIVE_OPS, load_library
 from solvers.problem import Problem
 
 built = load_library("closure") is not None and load_library("decode") is not None
@@ -91,7 +90,7 @@ def test_the_same_path_without_the_library(monkeypatch: pytest.MonkeyPatch) -> N
         return [(state.profile.peak_bytes, state.profile.time_us) for state in descend(Tables(problem), 0.3)]
 
     with_c = path()
-    monkeypatch.setattr(closure, "load_library", lambda name: None)
+    monkeypatch.setattr(library, "load_library", lambda name: None)
     monkeypatch.setattr(closure, "NativeClosures", None)
     monkeypatch.setattr(evict, "closures", Closures)
     assert path() == with_c

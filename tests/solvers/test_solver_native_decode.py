@@ -5,12 +5,12 @@ import random
 import pytest
 from generators import layered, small, transformer
 
-from solvers import native_decode
+from solvers import library, native_decode
 from solvers.decode import Decisions, DecodeError, Tables, Trace, decode
 from solvers.emit import Profile, profile
 from solvers.greedy import descend, evaluate, first_decisions
-from solvers.library import load_library
-from solvers.native_decode import NATIVE_OPS, NativeDecoder
+from solvers.library import NATIVE_OPS, load_library
+from solvers.native_decode import NativeDecoder
 from solvers.problem import Problem
 
 needs_library = pytest.mark.skipif(load_library("decode") is None, reason="decode.c is not built (no C compiler)")
@@ -114,7 +114,7 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same state."""
     tables = Tables(transformer(2))
     one = evaluate(tables, first_decisions(tables))
-    monkeypatch.setattr(native_decode, "load_library", lambda name: None)
+    monkeypatch.setattr(library, "load_library", lambda name: None)
     monkeypatch.setattr(native_decode, "NativeDecoder", None)
     other = evaluate(tables, first_decisions(tables))
     assert same((one.trace, one.profile), (other.trace, other.profile))

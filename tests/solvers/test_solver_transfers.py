@@ -5,13 +5,12 @@ from dataclasses import replace
 import pytest
 from generators import layered, small, states_on_disk, transformer, with_room_for_all
 
-from solvers import transfers
+from solvers import library, transfers
 from solvers.check import replay
 from solvers.decode import Tables
 from solvers.emit import emit, moves_of, synchronous
 from solvers.greedy import descend
-from solvers.library import load_library
-from solvers.native_decode import NATIVE_OPS
+from solvers.library import NATIVE_OPS, load_library
 from solvers.problem import Choice, Op, Problem, Storage
 from solvers.transfers import HORIZONS, NativePlacement, Placement, placed
 
@@ -55,7 +54,7 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     tables, state = states_on_disk(with_room_for_all(transformer(2, 32, 16)))[-1]
     assert len(tables.problem.ops) >= NATIVE_OPS
     one = placed(tables, state)
-    monkeypatch.setattr(transfers, "load_library", lambda name: None)
+    monkeypatch.setattr(library, "load_library", lambda name: None)
     monkeypatch.setattr(transfers, "NativePlacement", None)
     assert placed(tables, state) == one
 
