@@ -20,6 +20,7 @@ LIBRARIES = {  # shared library: (C source, libraries to link, how products and 
     "solvers._closure": ("solvers/closure.c", ["m"], SAME),
     "solvers._decode": ("solvers/decode.c", [], SAME),
     "solvers._disk_anneal": ("solvers/disk_anneal.c", ["m"], SAME),
+    "solvers._eject": ("solvers/eject.c", ["m"], SAME),
     "solvers._pack": ("solvers/pack.c", [], SAME),
     "solvers._transfers": ("solvers/transfers.c", ["m"], SAME),
     "mebp_compile.measure._malloc_meter": ("mebp_compile/measure/malloc_meter.c", ["dl", "pthread"], SAME),

@@ -98,8 +98,9 @@ def leaving(schedule: Schedule) -> set[int]:
     return {step.storage for step in schedule.steps if isinstance(step, Free)} & schedule.resident
 
 
-def place_under(graph: Graph, problem: Problem, schedule: Schedule) -> Placement:
-    """The placement of most bytes whose footprint stays within the problem's budget."""
+def place_under(graph: Graph, problem: Problem, schedule: Schedule, fitted: solvers.Placement | None = None) -> Placement:
+    """The placement of most bytes whose footprint stays within the problem's budget. fitted: offsets of the schedule's lifespans, if they are known;
+    not used where packed weights leave memory and come back, which have one place for all their lives."""
     every, steps, budget_bytes = lives(graph, problem, schedule), len(schedule.steps), problem.budget_bytes
     fixed = workspace_profile(problem, schedule) + problem.constant_bytes
     records = returning(graph, schedule)
@@ -107,15 +108,26 @@ def place_under(graph: Graph, problem: Problem, schedule: Schedule) -> Placement
         some = [life for life in every if life.fits_arena and (life.size_bytes >= smallest_bytes or life.storage in records)]
         items = [Lifespan(life.storage, life.start, life.end, life.size_bytes, ALIGN) for life in some]
         spare_bytes = budget_bytes - int((fixed + _beside(every, some, steps)).max(initial=0))
-        packed = solvers.place(items, enough_bytes=spare_bytes, fixed=_at_home(some, records))
-        pairs = list(zip(some, packed.offsets, strict=True))
+        known = _known(some, problem, schedule, fitted) if fitted is not None and not records else None
+        offsets = known or solvers.place(items, enough_bytes=spare_bytes, fixed=_at_home(some, records)).offsets
+        pairs = list(zip(some, offsets, strict=True))
+        arena_bytes = max((low + life.size_bytes for life, low in pairs), default=0)
         for share in SHARES:
-            cap_bytes = int(share * packed.arena_bytes)
+            cap_bytes = int(share * arena_bytes)
             places = {(life.start, life.storage): low for life, low in pairs if low + life.size_bytes <= cap_bytes or life.storage in records}
             found = _held(every, places, fixed, budget_bytes, whole=bool(graph.device))
             if found is not None:
                 return found
     return Placement({}, 0, int((fixed + _beside(every, [], steps)).max(initial=0)))
+
+
+def _known(some: Sequence[Life], problem: Problem, schedule: Schedule, fitted: solvers.Placement) -> list[int]:
+    """The offset of each life in a placement of all, without what lies below the lowest."""
+    items = solvers.lifespans(problem, schedule)
+    places = {(item.start, item.id): low for item, low in zip(items, fitted.offsets, strict=True)}
+    lows = [places[max(0, life.start), life.storage] for life in some]
+    lowest = min(lows, default=0)
+    return [low - lowest for low in lows]
 
 
 def _at_home(some: Sequence[Life], records: Collection[int]) -> dict[int, int]:

@@ -7,7 +7,7 @@ the arena cost its whole size all the time, the others their bytes while they li
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import solvers
@@ -277,16 +277,12 @@ def _with_room(
     time_limit_s: float,
     tell: Callable[[str], None] | None,
 ) -> tuple[Solution, Placement]:
-    """Of the given schedule and those of somewhat smaller budgets, the one of least time with its page faults: a schedule that fills memory to the
-    last byte makes the arena give back many pages."""
+    """Of the given schedule, the same with transfers that keep clear of what lies in the arena, and those of smaller budgets, the one of least
+    time with its page faults: a schedule that fills memory to the last byte makes the arena give back many pages."""
     faults = faults_us(graph, problem, solution.schedule, placement)
     best = solution.report.time_us + faults
-    for variant in (problem.with_budget(int(problem.budget_bytes * share)) for share in ROOM_SHARES):
-        try:
-            schedule = solvers.solve(variant, effort=effort, time_limit_s=time_limit_s, progress=tell).schedule
-        except solvers.Infeasible:
-            break
-        report, placed = solvers.replay(problem, schedule), place_under(graph, problem, schedule)
+    for schedule, placed in _roomier(graph, problem, solution, effort, time_limit_s, tell):
+        report = solvers.replay(problem, schedule)
         fewer = faults_us(graph, problem, schedule, placed)
         if placed.peak_bytes <= problem.budget_bytes and report.time_us + fewer < best:
             best, faults, placement = report.time_us + fewer, fewer, placed
@@ -294,6 +290,26 @@ def _with_room(
         if faults <= MANY_FAULTS * best:
             break
     return solution, placement
+
+
+def _roomier(
+    graph: Graph,
+    problem: Problem,
+    solution: Solution,
+    effort: str,
+    time_limit_s: float,
+    tell: Callable[[str], None] | None,
+) -> Iterator[tuple[Schedule, Placement]]:
+    """Schedules that leave the arena more room, in the order in which they are tried."""
+    fitted = solvers.fit_arena(problem, solution.schedule)
+    if fitted.schedule is not solution.schedule:
+        yield fitted.schedule, place_under(graph, problem, fitted.schedule, fitted.placement)
+    for variant in (problem.with_budget(int(problem.budget_bytes * share)) for share in ROOM_SHARES):
+        try:
+            schedule = solvers.solve(variant, effort=effort, time_limit_s=time_limit_s, progress=tell).schedule
+        except solvers.Infeasible:
+            return
+        yield schedule, place_under(graph, problem, schedule)
 
 
 def _solved(

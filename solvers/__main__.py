@@ -8,14 +8,16 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from solvers import bench
 from solvers.baselines import keep_all
 from solvers.check import Report, ScheduleError, replay
 from solvers.compare import comparison
+from solvers.fitting import fit_arena
 from solvers.node_link import problem_of
-from solvers.offsets import Lifespan, place
+from solvers.offsets import Lifespan, lifespans, max_load_bytes, place
 from solvers.picture import picture
 from solvers.problem import Problem, ProblemError, read_problem
 from solvers.schedule import Schedule, format, format_bytes
@@ -57,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     solving.add_argument("--time-limit", type=float, default=20.0, help="seconds")
     solving.add_argument("--seed", type=int, default=0)
     solving.add_argument("--out", type=Path, help="write the schedule here as JSON")
+    solving.add_argument("--arena", action="store_true", help="move transfers until all storages fit in one arena, and take that schedule")
     solving.add_argument("--steps", action="store_true", help="print every step")
     solving.add_argument("--picture", action="store_true", help="draw memory over the steps, and what is run again, written and read")
     checking = commands.add_parser("check", help="replay a schedule")
@@ -132,6 +135,15 @@ def _pack(arguments: argparse.Namespace) -> str:
     return f"{len(items)} blocks in {placement.arena_bytes:,} bytes; none need less than {placement.lower_bound_bytes:,}; {seconds:.2f} s"
 
 
+def _in_one_arena(problem: Problem, solution: Solution) -> tuple[Solution, str]:
+    """The solution with its transfers moved, and what to print of its arena."""
+    fitted = fit_arena(problem, solution.schedule)
+    most, arena, own_us = max_load_bytes(lifespans(problem, solution.schedule)), fitted.placement.arena_bytes, solution.report.time_us
+    line = f"arena    {arena:,} bytes, {100 * (arena / most - 1):.3f} % above the most at once as solved; step {100 * (fitted.time_us / own_us - 1):+.2f} %"
+    gap = fitted.time_us / solution.bound_us - 1 if solution.bound_us else 0.0
+    return replace(solution, schedule=fitted.schedule, report=replay(problem, fitted.schedule), gap=gap), line
+
+
 def _order_gap(solution: Solution) -> Iterator[str]:
     """A line about the bound of base order, where there is one and it is not the same."""
     bound_us, time_us = solution.order_bound_us, solution.report.time_us
@@ -168,6 +180,10 @@ def _run(arguments: argparse.Namespace) -> str:
     if arguments.command == "check":
         return summary(problem, replay(problem, Schedule.from_json(arguments.schedule.read_text())))
     solution = solve(problem, arguments.effort, arguments.time_limit, arguments.seed)
+    arena: list[str] = []
+    if arguments.arena:
+        solution, line = _in_one_arena(problem, solution)
+        arena = [line]
     if arguments.out:
         arguments.out.write_text(solution.schedule.to_json())
     lines = [
@@ -175,6 +191,7 @@ def _run(arguments: argparse.Namespace) -> str:
         f"gap      {100 * solution.gap:.2f} % above the bound of {solution.bound_us / 1e6:.6f} s (any schedule)",
         *_order_gap(solution),
         f"method   {solution.method}",
+        *arena,
     ]
     lines += [picture(problem, solution.schedule)] if arguments.picture else []
     return "\n".join(lines + ([format(solution.schedule, problem)] if arguments.steps else []))

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from solvers.arena import Arena
 from solvers.decode import READ, Tables, Trace
 from solvers.emit import OFFLOAD, PREFETCH, RELEASE, Moves, Transfer, moves_of, run_times
 from solvers.evict import State
@@ -159,13 +160,19 @@ class Placement:
         kept = []
         self.carried += self.past.get(event, ())
         for i in sorted(self.carried, key=lambda i: (-self.complete.get(i, 1 << 62), i)):
-            size = self.tables.size[self.trace.inst_storage[i]]
-            if self.complete.get(i, 1 << 62) <= self.clock or event >= self.following[i] or self.slack[event] < size:
+            if self.complete.get(i, 1 << 62) <= self.clock or event >= self.following[i] or not self.may_stay(i, event):
                 self.release(i, event)
             else:
-                self.slack[event] -= size
+                self.stay(i, event)
                 kept.append(i)
         self.carried = kept
+
+    def may_stay(self, i: int, event: int) -> bool:
+        """Whether a written instance past its last use leaves the event the memory that it needs."""
+        return bool(self.slack[event] >= self.tables.size[self.trace.inst_storage[i]])
+
+    def stay(self, i: int, event: int) -> None:
+        self.slack[event] -= self.tables.size[self.trace.inst_storage[i]]
 
     def keep_busy(self, event: int) -> None:
         """Ask for transfers until the disk has enough to do during the event."""
@@ -184,19 +191,19 @@ class Placement:
         """The first read, of those due before a deadline, that may begin now; -1: none."""
         while self.next_read < len(self.reads) and (self.reads[self.next_read] < event or self.reads[self.next_read] in self.done):
             self.next_read += 1
-        now_bytes = self.slack[event]
         for read in self.reads[self.next_read : self.next_read + LOOKAHEAD]:
             if read > before:
                 return -1
             if self.before_us[read] - self.before_us[event] > self.horizon_us:
                 self.held_back = True
                 return -1
-            if read in self.done or self.blocked[read] > event:
-                continue
-            size = self.tables.size[self.trace.subject[read]]
-            if now_bytes >= size and self.slack[event:read].min(initial=1 << 62) >= size:
+            if read not in self.done and self.blocked[read] <= event and self.fits(read, event):
                 return read
         return -1
+
+    def fits(self, read: int, event: int) -> bool:
+        """Whether there is memory for it from this event on."""
+        return bool(self.slack[event:read].min(initial=1 << 62) >= self.tables.size[self.trace.subject[read]])
 
 
 def _next_births(trace: Trace) -> dict[int, int]:
@@ -213,7 +220,7 @@ def _next_births(trace: Trace) -> dict[int, int]:
 
 
 class NativePlacement:
-    """The same walk in C (transfers.c), of one state with one horizon after the other."""
+    """The same walks in C (transfers.c), of one state with one horizon, or in one arena, after the other."""
 
     def __init__(self, tables: Tables, state: State) -> None:
         problem, trace = tables.problem, state.trace
@@ -228,18 +235,67 @@ class NativePlacement:
         )  # fmt: skip
         self.record = np.empty((trace.kind.count(READ) + 2 * len(trace.writes), 3), np.int32)
 
-    def run(self, horizon: float) -> Walk:
-        """As Placement's. Raises MemoryError."""
+    def run(self, horizon: float, arena: Arena | None = None) -> Walk:
+        """As Placement's; with an arena, which is changed, as ArenaPlacement's. Raises MemoryError."""
+        places = _places(arena) if arena else None
         library = load_library("transfers")
         assert library is not None
         library.mebp_place_transfers.restype = ctypes.c_int64
         records, held_back = ctypes.c_int64(), ctypes.c_int32()
         time_us = library.mebp_place_transfers(
-            ctypes.byref(self.step), ctypes.c_double(horizon), pointer(self.record), ctypes.byref(records), ctypes.byref(held_back)
+            ctypes.byref(self.step), ctypes.byref(places) if places else None, ctypes.c_double(horizon), pointer(self.record),
+            ctypes.byref(records), ctypes.byref(held_back),
         )
         if time_us < 0:
             raise MemoryError(f"no memory to place the transfers of {len(self.columns[0])} events")
         return Walk(time_us, bool(held_back.value), list(map(tuple, self.record[: records.value].tolist())))
+
+
+class ArenaPlacement(Placement):
+    """A walk that keeps clear of what lies in an arena. A read that is asked for early takes the first place it finds there; a write's memory stays
+    until others need its bytes. arena: each instance as short as it can be; changed to what they take."""
+
+    def __init__(self, tables: Tables, state: State, horizon: float, arena: Arena) -> None:
+        self.arena, trace = arena, state.trace
+        self.made = {birth: i for i, birth in enumerate(trace.inst_birth) if birth >= 0 and trace.kind[birth] == READ}
+        super().__init__(tables, state, horizon)
+
+    def deadline(self, i: int) -> int:
+        return min(super().deadline(i), self.arena.taken(i, self.trace.inst_last[i] + 1))
+
+    def ask_read(self, read: int, event: int) -> None:
+        i = self.made[read]
+        if event < read:
+            self.arena.low[i] = self.arena.place_for(i, event)
+        self.arena.begin[i] = event
+        super().ask_read(read, event)
+
+    def release(self, i: int, event: int) -> None:
+        super().release(i, event)
+        self.arena.end[i] = event
+
+    def may_stay(self, i: int, event: int) -> bool:
+        return super().may_stay(i, event) and self.arena.taken(i, event) > event
+
+    def stay(self, i: int, event: int) -> None:
+        super().stay(i, event)
+        self.arena.end[i] = event + 1
+
+    def fits(self, read: int, event: int) -> bool:
+        return super().fits(read, event) and self.arena.place_for(self.made[read], event) >= 0
+
+
+class _Places(ctypes.Structure):
+    _fields_ = [
+        ("count", ctypes.c_int32), ("begin", ctypes.c_void_p), ("end", ctypes.c_void_p), ("height", ctypes.c_int64),
+        ("low", ctypes.c_void_p), ("size", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+def _places(arena: Arena) -> _Places:
+    """The arena as C has it: the same numbers, not a copy."""
+    begin, end, low, size = (pointer(column) for column in (arena.begin, arena.end, arena.low, arena.size))
+    return _Places(len(arena.low), begin, end, arena.height, low, size)
 
 
 class _Step(ctypes.Structure):

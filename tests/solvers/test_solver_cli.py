@@ -1,5 +1,6 @@
 """python -m solvers: solve, check, and errors on one line."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,14 @@ def test_solve_writes_what_check_accepts(problem_path: Path, capsys: pytest.Capt
     assert solved.startswith(checked.rstrip())
     assert "gap" in solved
     assert "run      loss" in solved
+
+
+def test_a_schedule_in_one_arena(problem_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its arena is named, and what is written replays."""
+    out = problem_path.with_name("schedule.json")
+    assert main(["solve", str(problem_path), "--budget", "80%", "--effort", "fast", "--arena", "--out", str(out)]) == 0
+    assert re.search(r"arena +[0-9,]+ bytes, [0-9.-]+ % above the most at once as solved; step \+[0-9.]+ %", capsys.readouterr().out)
+    assert main(["check", str(problem_path), str(out), "--budget", "80%"]) == 0
 
 
 def test_errors_are_one_line_and_exit_code_1(problem_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,178 @@
+"""A schedule whose storages all find room in one arena: what is read ahead, or still being written, keeps clear of what lies there.
+
+Where transfers decide, a schedule fills the memory beside what its ops need with what is read ahead and what is being written, to the last byte at
+thousands of steps, and no packing of such lifespans may be near the most bytes at once. What an op needs, from its read to its last use, is less.
+So the lifespans are packed by guided ejection; while some have no place, a few that are in memory at the same time are shortened to what is needed.
+Then the step is walked once more: a read begins early, or a write's memory stays behind, only where bytes of the arena are free for so long. Which
+lives are shortened decides how much time that costs, so it is done several times, and the fastest schedule is taken.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from solvers.arena import Arena
+from solvers.arrange import Blocks, around_the_busiest
+from solvers.check import replay
+from solvers.decode import Tables
+from solvers.eject import Ejection
+from solvers.emit import emit, moves_of
+from solvers.evict import State
+from solvers.library import native
+from solvers.offsets import ALIGNMENT_BYTES, Lifespan, Placement, lifespans, max_load_bytes, place
+from solvers.problem import Problem
+from solvers.retrace import Retraced, retraced
+from solvers.schedule import Prefetch, Run, Schedule, Wait
+from solvers.transfers import ArenaPlacement, NativePlacement, Walk
+
+NEAR = 0.01  # an arena so little above the most bytes at once is near enough
+USED = 0.009  # so much above it the lives are packed
+TRIES, SHORTENED = 6, (2, 1, 4)  # lives that are shortened for one that has no place, in one try after the other
+ROUNDS, ROUND_WORK = 30, 1 << 24  # of a try: ejection, and then some lives are shortened
+BUSY_ROUNDS, BUSY_WORK = 3, 1 << 28  # every third round what lives where the load is near its most is packed exactly instead
+BUSY = (0.9, 0.95, 0.8, 0.6)  # so near
+HORIZONS = (0.008, 0.03, 0.045, 0.06)  # of a walk: how long before its event a read may begin
+
+Events = NDArray[np.int32]
+Bytes = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A schedule, its microseconds, and the offsets of its lifespans."""
+
+    schedule: Schedule
+    time_us: int
+    placement: Placement
+
+
+def fit_arena(problem: Problem, schedule: Schedule, seed: int = 0) -> Fitted:
+    """The schedule as it is where its arena is within 1 % of its most bytes at once; else the fastest found whose arena is no larger than that, with
+    the same runs in the same order; the given one where none is found, or where there is no C library. Deterministic. The schedule is valid."""
+    items = lifespans(problem, schedule)
+    most_bytes = max_load_bytes(items)
+    near = int((1 + NEAR) * most_bytes)
+    given = Fitted(schedule, replay(problem, schedule).time_us, place(items, seed, near))
+    tables = Tables(problem)
+    found = None if given.placement.arena_bytes <= near else retraced(tables, schedule)
+    others = _others(tables, schedule, *found, most_bytes, seed) if found else ()
+    return min((other for other in others if other.placement.arena_bytes <= near), key=lambda other: other.time_us, default=given)
+
+
+class _Lives(NamedTuple):
+    """Of each instance, and then of each copy that is discarded at once: events [begin, end) of the shortest life, of that in the schedule, bytes."""
+
+    begin: Events
+    end: Events
+    asked: Events
+    freed: Events
+    size: Bytes
+
+    def items(self) -> list[Lifespan]:
+        """The shortest."""
+        return [Lifespan(k, *row) for k, row in enumerate(zip(self.begin.tolist(), self.end.tolist(), self.size.tolist(), strict=True))]
+
+
+def _others(tables: Tables, schedule: Schedule, state: State, spans: Retraced, most_bytes: int, seed: int) -> Iterator[Fitted]:
+    """Ever faster ones."""
+    lives, draw, least_us = _lives(tables, state, spans), np.random.default_rng(seed), 1 << 62
+    height = int((1 + USED) * max(most_bytes, max_load_bytes(lives.items()))) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+    walks = NativePlacement(tables, state) if native(len(tables.problem.ops), "transfers") else None
+    for number in range(TRIES):
+        low = _packed(lives, height, SHORTENED[number % len(SHORTENED)], draw)
+        if low is None:
+            continue
+        for horizon in HORIZONS:
+            arena = Arena(lives.begin.copy(), lives.end.copy(), low.copy(), lives.size, height)
+            walk = walks.run(horizon, arena) if walks else ArenaPlacement(tables, state, horizon, arena).run()
+            if walk.time_us < least_us:
+                least_us = walk.time_us
+                yield _fitted(tables, schedule, state, walk, arena)
+            if not walk.held_back:  # a longer horizon is the same walk
+                break
+
+
+def _lives(tables: Tables, state: State, spans: Retraced) -> _Lives:
+    trace = state.trace
+    copied = [event for event, _ in trace.extra]
+    storages = [*trace.inst_storage, *(s for _, s in trace.extra)]
+    written = np.isin(np.arange(len(storages)), trace.writes)
+    begin = np.array([*(max(0, birth) for birth in trace.inst_birth), *copied], np.int32)
+    end = np.array([*trace.inst_last, *copied], np.int32) + np.int32(1)
+    asked, freed = np.array([*spans.asked, *copied], np.int32), np.array([*spans.freed, *copied], np.int32)
+    size = np.array([-(-tables.size[s] // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for s in storages], np.int64)
+    return _Lives(begin, end, np.minimum(begin, asked), np.where(written, np.maximum(end, freed), end).astype(np.int32), size)
+
+
+def _packed(lives: _Lives, height: int, shortened: int, draw: np.random.Generator) -> Bytes | None:
+    """Offsets below the height for all, some with their shortest lives; None if that fails. What lives all the time lies at the bottom."""
+    always = (lives.size > 0) & (lives.begin == 0) & (lives.end == lives.end.max())
+    some = np.flatnonzero((lives.size > 0) & ~always)
+    begin, end = lives.begin[some], lives.end[some]
+    bottom, search = int(lives.size[always].sum()), Ejection(lives.asked[some], lives.freed[some], lives.size[some])
+    for number in range(ROUNDS):
+        found = search.offsets if search.run(height - bottom, ROUND_WORK, int(draw.integers(1 << 30))) == 0 else None
+        if found is None and number % BUSY_ROUNDS == BUSY_ROUNDS - 1:
+            blocks = Blocks(search.starts.astype(np.int64), search.ends.astype(np.int64), search.sizes, np.full(len(some), ALIGNMENT_BYTES))
+            found = around_the_busiest(blocks, height - bottom, draw.choice(BUSY), BUSY_WORK, int(draw.integers(1 << 30)))
+        if found is not None:
+            low = np.zeros(len(lives.size), np.int64)
+            low[always] = np.cumsum(lives.size[always]) - lives.size[always]
+            low[some] = bottom + found
+            return low
+        for k in np.flatnonzero(search.offsets < 0).tolist():
+            beside = _beside(search, begin, end, k)
+            if len(beside):
+                chosen = draw.choice(beside, min(shortened, len(beside)), replace=False, p=_weights(search, beside, k))
+                search.starts[chosen], search.ends[chosen] = begin[chosen], end[chosen]
+    return None
+
+
+def _beside(search: Ejection, begin: Events, end: Events, k: int) -> NDArray[np.intp]:
+    """Those that could be shortened in the life of k, itself too."""
+    first, last = search.starts[k], search.ends[k]
+    early = (search.starts < begin) & (search.starts < last) & (begin > first)
+    late = (search.ends > end) & (search.ends > first) & (end < last)
+    return np.flatnonzero(early | late)
+
+
+def _weights(search: Ejection, beside: NDArray[np.intp], k: int) -> NDArray[np.float64]:
+    """How likely each is to be taken: by the bytes and the time that it has in common with k."""
+    common = np.minimum(search.ends[beside], search.ends[k]) - np.maximum(search.starts[beside], search.starts[k])
+    weights: NDArray[np.float64] = np.minimum(search.sizes[beside], search.sizes[k]) * np.maximum(1.0, common)
+    shares: NDArray[np.float64] = weights / weights.sum()
+    return shares
+
+
+def _fitted(tables: Tables, schedule: Schedule, state: State, walk: Walk, arena: Arena) -> Fitted:
+    """The walk's schedule, and the arena's offsets in the order of its lifespans."""
+    problem, trace = tables.problem, state.trace
+    found = replace(emit(tables, state.decisions, trace, moves_of(walk.record)), resident=schedule.resident)
+    items = lifespans(problem, found)
+    step_of, lows = _steps_of_events(found), arena.low.tolist()
+    copies = {(step_of[event], s): low for (event, s), low in zip(trace.extra, lows[len(trace.inst_storage) :], strict=True)}
+    others = defaultdict[int, deque[int]](deque)
+    for s, low in zip(trace.inst_storage, lows, strict=False):
+        others[s].append(low)
+    offsets = tuple(copies[item.start, item.id] if (item.start, item.id) in copies else others[item.id].popleft() for item in items)
+    top = max(offset + item.size_bytes for offset, item in zip(offsets, items, strict=True))
+    return Fitted(found, walk.time_us, Placement(offsets, top, max_load_bytes(items)))
+
+
+def _steps_of_events(schedule: Schedule) -> list[int]:
+    """Of each event of the trace the step: runs, and where a read is waited for."""
+    reading, result = set[int](), list[int]()
+    for number, step in enumerate(schedule.steps):
+        if isinstance(step, Run) or (isinstance(step, Wait) and step.storage in reading):
+            result.append(number)
+        if isinstance(step, Prefetch):
+            reading.add(step.storage)
+        elif isinstance(step, Wait):
+            reading.discard(step.storage)
+    return result
