@@ -104,6 +104,23 @@ def test_ten_thousand_lives() -> None:
     assert again.peak_bytes <= item.plan.problem.budget_bytes
 
 
+def test_offsets_that_are_known_are_taken() -> None:
+    """Of a placement of everything: those of the lives in the arena, from the lowest on; and the budget holds."""
+    item = long_plan()
+    problem, schedule = item.plan.problem, item.plan.schedule
+    items = solvers.lifespans(problem, schedule)
+    known = solvers.place(items, work=0)
+    found = place_under(item.graph, problem, schedule, known)
+    low = {(span.start, span.id): offset for span, offset in zip(items, known.offsets, strict=True)}
+    shifts = {low[max(0, start), storage] - offset for (start, storage), offset in found.offsets.items()}
+    assert len(found.offsets) > 100
+    assert len(shifts) == 1
+    assert footprint(replace(item, plan=replace(item.plan, placement=found))) <= problem.budget_bytes
+    record = returning_record()
+    parts = record.graph, record.plan.problem, record.plan.schedule
+    assert place_under(*parts, solvers.place(solvers.lifespans(*parts[1:]))) == record.plan.placement  # has a place of its own
+
+
 def returning_record() -> Planned:
     """Two ops with a packed weight at home in memory around two that need its bytes, by hand: the weight leaves and comes back."""
     size = 8 * PAGE_BYTES

@@ -13,8 +13,8 @@ from mebp_compile import overhead
 from mebp_compile.errors import BudgetInfeasible, GraphError
 from mebp_compile.graph import PERSISTENT
 from mebp_compile.overhead import MAPPED_BYTES, PAGE_BYTES, allocated_bytes, charged_sizes, constant_overhead
-from mebp_compile.place import lives
-from mebp_compile.planning import Costs, OpCost, build_problem, faults_us, make_plan, make_plans, tensor_peak
+from mebp_compile.place import lives, place_under
+from mebp_compile.planning import Costs, OpCost, _roomier, build_problem, faults_us, make_plan, make_plans, tensor_peak
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -100,6 +100,22 @@ def test_a_placement_above_the_budget_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("mebp_compile.planning.place_under", lambda *given: bad)
     with pytest.raises(GraphError, match="placement needs"):
         make_plan(graph, good.plan.problem, "fast")
+
+
+def test_schedules_that_leave_the_arena_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """First the same schedule with its transfers moved, where there is such a one, at the offsets found for it; then those of smaller budgets."""
+    item = tight(offload=True)
+    graph, problem = item.graph, item.plan.problem
+    solution = solvers.solve(problem, "fast")
+    others = [schedule for schedule, _ in _roomier(graph, problem, solution, "fast", 5.0, None)]
+    assert others
+    assert all(solvers.replay(problem, schedule).peak_bytes < problem.budget_bytes for schedule in others)
+    offsets = solvers.place(solvers.lifespans(problem, others[0]), work=0)
+    monkeypatch.setattr(solvers, "fit_arena", lambda problem, schedule: solvers.Fitted(others[0], 1, offsets))
+    (moved, placement), *rest = _roomier(graph, problem, solution, "fast", 5.0, None)
+    assert moved is others[0]
+    assert placement == place_under(graph, problem, moved, offsets)
+    assert [schedule for schedule, _ in rest] == others
 
 
 def test_fresh_pages_take_time(monkeypatch: pytest.MonkeyPatch) -> None:
