@@ -30,7 +30,7 @@ typedef struct { /* of those that a block meets in time */
 } Met;
 
 typedef struct {
-  int32_t count, placed;
+  int32_t placed;
   const int32_t *first, *last;
   const int64_t *size;
   int64_t height, *offset; /* -1: not placed */
@@ -157,7 +157,7 @@ EXPORT int32_t mebp_eject(int32_t count, const int32_t *first, const int32_t *la
   int64_t *wide = malloc(6 * n * sizeof *wide), *found = wide + 4 * n;
   double *real = malloc(2 * n * sizeof *real);
   if (narrow && wide && real) {
-    Search s = {.count = count, .first = first, .last = last, .size = size, .height = height, .offset = offsets, .weight = weight, .work = work, .random = seed | 1,
+    Search s = {.first = first, .last = last, .size = size, .height = height, .offset = offsets, .weight = weight, .work = work, .random = seed | 1,
                 .low = {narrow, wide}, .high = {narrow + n, wide + n}, .bottoms = {wide + 2 * n, real, 0}, .tops = {wide + 3 * n, real + n, 0}};
     for (int32_t k = 0; k < count; k++)
       if (offsets[k] >= 0) put(&s, k, offsets[k]);

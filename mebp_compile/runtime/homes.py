@@ -11,6 +11,7 @@ this is memory, not a checkpoint. Call `materialise` before the compiled step go
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,6 +277,8 @@ def _check_can_leave(source: str, tensor: torch.Tensor | None) -> None:
         raise MebpError(f"{where} is on meta and its value is nowhere", PLACE_FIX)
     if tensor.grad is not None or not tensor.is_leaf:
         raise MebpError(f"{where} has a gradient, which keeps it in memory", "set its .grad to None before the step")
+    if torch_private.memory_is_shared(tensor):
+        gc.collect()  # it may be a view in the frames of a step that failed
     if torch_private.memory_is_shared(tensor):
         raise MebpError(
             f"{where} can't leave memory: another tensor shares it", "drop views such as parameter.data[...], or leave `offload` out"
