@@ -63,9 +63,7 @@ def lives(graph: Graph, problem: Problem, schedule: Schedule) -> list[Life]:
     """Every interval of the schedule in which a storage occupies memory; persistent ones resident from the start have start -1."""
     outputs = {graph.storage_of(name) for _, name in graph.results}
     records = returning(graph, schedule)
-    alive: dict[int, tuple[int, bool]] = {
-        index: (-1, index in records) for index, s in enumerate(problem.storages) if s.persistent and (not s.movable or index in schedule.resident)
-    }
+    alive: dict[int, tuple[int, bool]] = {index: (-1, index in records) for index in schedule.at_start(problem)}
     result: list[Life] = []
 
     def life(storage: int, start: int, end: int, fits: bool) -> Life:

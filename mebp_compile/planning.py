@@ -210,7 +210,7 @@ def make_plan(
     faster = [hint for hint in hints if hint.time_us < own_us and max(hint.peak_bytes, hint.report.peak_bytes) <= problem.budget_bytes]
     if faster:
         best = min(faster, key=lambda hint: hint.time_us)
-        solution, placement = _instead(solution, best.schedule, best.report, method="hint"), best.placement
+        solution, placement = replace(solution, schedule=best.schedule, report=best.report, method="hint"), best.placement
     report = solvers.replay(problem, solution.schedule)
     if placement.peak_bytes > problem.budget_bytes:
         message = f"the placement needs {placement.peak_bytes:,} bytes, the budget is {problem.budget_bytes:,}"
@@ -243,8 +243,7 @@ def _fixed(problem: Problem, solver: str) -> solvers.Solution:
             f'solver="{solver}" keeps {report.away_bytes:,} bytes in host memory, the budget has {problem.away_limit_bytes:,} there',
             f"Budget(device=..., host={report.away_bytes}), or leave solver out",
         )
-    bound = roofline_us(problem)
-    return solvers.Solution(schedule, report, bound, report.time_us / bound - 1 if bound else 0.0, solver)
+    return solvers.Solution(schedule, report, roofline_us(problem), solver)
 
 
 def is_tight(problem: Problem, placement: Placement) -> bool:
@@ -286,7 +285,7 @@ def _with_room(
         fewer = faults_us(graph, problem, schedule, placed)
         if placed.peak_bytes <= problem.budget_bytes and report.time_us + fewer < best:
             best, faults, placement = report.time_us + fewer, fewer, placed
-            solution = _instead(solution, schedule, report, solution.method)
+            solution = replace(solution, schedule=schedule, report=report)
         if faults <= MANY_FAULTS * best:
             break
     return solution, placement
@@ -324,12 +323,6 @@ def _solved(
             raise
         schedules = [hint.schedule for hint in hints]
         return solvers.solve(problem, effort=effort, time_limit_s=time_limit_s, hints=schedules, progress=tell)
-
-
-def _instead(solution: Solution, schedule: Schedule, report: Report, method: str) -> Solution:
-    """Another schedule, with the bound that is known."""
-    gap = report.time_us / solution.bound_us - 1 if solution.bound_us else 0.0
-    return replace(solution, schedule=schedule, report=report, gap=gap, method=method)
 
 
 def _refusal(graph: Graph, problem: Problem, error: solvers.Infeasible, advice: str) -> BudgetInfeasible:

@@ -135,14 +135,13 @@ def _pack(arguments: argparse.Namespace) -> str:
     return f"{len(items)} blocks in {placement.arena_bytes:,} bytes; none need less than {placement.lower_bound_bytes:,}; {seconds:.2f} s"
 
 
-def _in_one_arena(problem: Problem, solution: Solution) -> tuple[Solution, str]:
+def _in_one_arena(problem: Problem, solution: Solution) -> tuple[Solution, list[str]]:
     """The solution with its transfers moved, and what to print of its arena."""
     fitted = fit_arena(problem, solution.schedule)
     most, arena = max_load_bytes(lifespans(problem, solution.schedule)), fitted.placement.arena_bytes
     slower = 100 * (fitted.time_us / solution.report.time_us - 1)
     line = f"arena    {arena:,} bytes, {100 * (arena / most - 1):.3f} % above the most at once as solved; step {slower:+.2f} %"
-    gap = fitted.time_us / solution.bound_us - 1 if solution.bound_us else 0.0
-    return replace(solution, schedule=fitted.schedule, report=replay(problem, fitted.schedule), gap=gap), line
+    return replace(solution, schedule=fitted.schedule, report=replay(problem, fitted.schedule)), [line]
 
 
 def _order_gap(solution: Solution) -> Iterator[str]:
@@ -181,10 +180,7 @@ def _run(arguments: argparse.Namespace) -> str:
     if arguments.command == "check":
         return summary(problem, replay(problem, Schedule.from_json(arguments.schedule.read_text())))
     solution = solve(problem, arguments.effort, arguments.time_limit, arguments.seed)
-    arena: list[str] = []
-    if arguments.arena:
-        solution, line = _in_one_arena(problem, solution)
-        arena = [line]
+    solution, arena = _in_one_arena(problem, solution) if arguments.arena else (solution, [])
     if arguments.out:
         arguments.out.write_text(solution.schedule.to_json())
     lines = [

@@ -62,15 +62,23 @@ class Arranged(NamedTuple):
 
 def arranged(blocks: Blocks, enough: int, work: int, seed: int) -> Arranged:
     """Offsets for blocks that are aligned alike; an arena of `enough` bytes need not be smaller. Deterministic."""
+    numbers, offsets, bottom = above_the_lasting(blocks)
+    rest = blocks.some(numbers)
+    found = _searched(rest, max(enough - bottom, rest.max_load()), work, seed)
+    offsets[numbers] += found.offsets
+    return Arranged(bottom + found.arena, offsets, bottom + found.bound)
+
+
+def above_the_lasting(blocks: Blocks) -> tuple[Indices, Ints, int]:
+    """What lives all the time lies at the bottom, up to the last of these numbers. The first: the blocks that come and go, whose offsets, for now,
+    are just that."""
     empty = (blocks.sizes == 0) | (blocks.starts == blocks.ends)
     always = ~empty & (blocks.starts == blocks.starts[~empty].min(initial=1 << 62)) & (blocks.ends == blocks.ends[~empty].max(initial=0))
-    bottom = int(blocks.sizes[always].sum())
-    rest = blocks.some(~empty & ~always)
-    found = _searched(rest, max(enough - bottom, rest.max_load()), work, seed)
+    bottom, rest = int(blocks.sizes[always].sum()), np.flatnonzero(~empty & ~always)
     offsets = np.zeros(len(empty), np.int64)
     offsets[always] = np.cumsum(blocks.sizes[always]) - blocks.sizes[always]
-    offsets[~empty & ~always] = bottom + found.offsets
-    return Arranged(bottom + found.arena, offsets, bottom + found.bound)
+    offsets[rest] = bottom
+    return rest, offsets, bottom
 
 
 def _searched(blocks: Blocks, enough: int, work: int, seed: int) -> Arranged:
@@ -91,13 +99,13 @@ def _searched(blocks: Blocks, enough: int, work: int, seed: int) -> Arranged:
 
 def by_first_fit(blocks: Blocks, enough: int, fixed: tuple[Indices, Ints] | None = None) -> Arranged:
     """The best of three orders, or the first that is good enough. fixed: numbers of blocks, and the offsets that they have."""
-    length, best = blocks.ends - blocks.starts, None
+    length, bound, best = blocks.ends - blocks.starts, blocks.max_load(), None
     for key in ((-length, -blocks.sizes), (-length, -blocks.sizes * length), (-blocks.sizes, blocks.starts)):
         order = np.lexsort(key) if fixed is None else np.setdiff1d(np.lexsort(key), fixed[0], assume_unique=True)
         offsets = first_fit(order, blocks, fixed)
         arena = int((offsets + blocks.sizes).max(initial=0))
         if best is None or arena < best.arena:
-            best = Arranged(arena, offsets, blocks.max_load())
+            best = Arranged(arena, offsets, bound)
         if arena <= enough:
             break
     assert best is not None
@@ -183,8 +191,11 @@ def _exact(best: Arranged, blocks: Blocks, enough: int, work: int, seed: int) ->
                 break
             share = work // (1 + len(parts)) // (2 * HEIGHTS if number else 2)
             found, offsets = _packed(blocks, large, height, share, seed)
-            best, before = best.or_at(offsets, blocks)._replace(bound=max(best.bound, height + 1) if found.proven else best.bound), best.arena
-            failed = height if best.arena == before else failed
+            before, best = best.arena, best.or_at(offsets, blocks)
+            if best.arena == before:
+                failed = height
+            if found.proven:
+                best = best._replace(bound=max(best.bound, height + 1))
     return best
 
 

@@ -1,7 +1,7 @@
 /* Lifespans into a given height by guided ejection: a block that has no place goes where it ejects the least, and those are placed again.
  *
- * What is ejected counts by its weight, which grows each time that a block found no place: so the search learns which blocks are hard to place, and they stay
- * where they got to. (The scheme of Nagata and Braysy, Operations Research Letters 37, 2009, for vehicle routes with time windows.)
+ * What is ejected counts by its weight, which grows each time that a block found no place: so the search learns which blocks are hard to place, and
+ * they stay where they got to. (The scheme of Nagata and Braysy, Operations Research Letters 37, 2009, for vehicle routes with time windows.)
  *
  * A block is tried at the ground, on every block and under every block that it meets in time, and under the height. What lies at such an offset is
  * what begins below its top, less what ends at or below its bottom: two running sums, over blocks by their bottoms and by their tops.
@@ -26,7 +26,6 @@ typedef struct { /* placed blocks by an edge of theirs */
 typedef struct { /* of those that a block meets in time */
   int64_t *edge;
   double *before; /* weight of all before each, one more than there are */
-  int32_t count;
 } Met;
 
 typedef struct {
@@ -79,7 +78,8 @@ static void eject(Search *s, int32_t block) {
   s->offset[block] = -1;
 }
 
-static void meet(const Search *s, const Edges *edges, int32_t block, Met *met) {
+/* How many there are. */
+static int32_t meet(const Search *s, const Edges *edges, int32_t block, const Met *met) {
   const int32_t first = s->first[block], last = s->last[block];
   int32_t count = 0;
   met->before[0] = 0;
@@ -89,7 +89,7 @@ static void meet(const Search *s, const Edges *edges, int32_t block, Met *met) {
     met->before[count + 1] = met->before[count] + s->weight[other];
     count += (s->first[other] < last) & (s->last[other] > first);
   }
-  met->count = count;
+  return count;
 }
 
 typedef struct {
@@ -113,10 +113,9 @@ static void try_at(Search *s, int64_t offset, int32_t below, int32_t above, int 
 static Place best_place(Search *s, int32_t block, int lowest) {
   const int64_t size = s->size[block], *bottom = s->bottoms.edge, *top = s->tops.edge;
   Place best = {0, 1e300, 0};
-  meet(s, &s->low, block, &s->bottoms);
+  const int32_t count = meet(s, &s->low, block, &s->bottoms);
   meet(s, &s->high, block, &s->tops);
   s->work -= 2 * s->placed;
-  const int32_t count = s->bottoms.count;
   int32_t below = 0, above = 0;
   while (below < count && bottom[below] < size) below++;
   try_at(s, 0, below, 0, lowest, &best);
@@ -148,8 +147,9 @@ static int32_t make_way(Search *s, int32_t block, int64_t offset, int32_t *waiti
   return count;
 }
 
-/* How many blocks have no place when all have, or after so much `work`, a look at a placed block each; -1 without memory. offsets: -1 for those that are to be placed;
- * the best that was found. weight: changed. At first each in the order given that has a place gets the lowest. */
+/* How many blocks have no place when all have, or after so much `work`, a look at a placed block each; -1 without memory. offsets: -1 for those that
+ * are to be placed; the best that was found. light: what a block weighs at first; weight: by now, changed. At first each in the order given that has a
+ * place gets the lowest. */
 EXPORT int32_t mebp_eject(int32_t count, const int32_t *first, const int32_t *last, const int64_t *size, const int32_t *order, int64_t height,
                           int64_t work, uint64_t seed, const double *light, int64_t *offsets, double *weight) {
   const size_t n = (size_t)count + 1;
@@ -157,8 +157,8 @@ EXPORT int32_t mebp_eject(int32_t count, const int32_t *first, const int32_t *la
   int64_t *wide = malloc(6 * n * sizeof *wide), *found = wide + 4 * n;
   double *real = malloc(2 * n * sizeof *real);
   if (narrow && wide && real) {
-    Search s = {.first = first, .last = last, .size = size, .height = height, .offset = offsets, .weight = weight, .work = work, .random = seed | 1,
-                .low = {narrow, wide}, .high = {narrow + n, wide + n}, .bottoms = {wide + 2 * n, real, 0}, .tops = {wide + 3 * n, real + n, 0}};
+    Search s = {.first = first, .last = last, .size = size, .height = height, .offset = offsets, .weight = weight, .work = work, .random = seed * 2 + 1,
+                .low = {narrow, wide}, .high = {narrow + n, wide + n}, .bottoms = {wide + 2 * n, real}, .tops = {wide + 3 * n, real + n}};
     for (int32_t k = 0; k < count; k++)
       if (offsets[k] >= 0) put(&s, k, offsets[k]);
     for (int32_t k = 0; k < count; k++) {

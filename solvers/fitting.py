@@ -18,17 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from solvers.arena import Arena
-from solvers.arrange import Blocks, around_the_busiest
+from solvers.arrange import Blocks, above_the_lasting, around_the_busiest
 from solvers.check import replay
 from solvers.decode import Tables
 from solvers.eject import Ejection
 from solvers.emit import emit, moves_of
 from solvers.evict import State
 from solvers.library import native
-from solvers.offsets import ALIGNMENT_BYTES, Lifespan, Placement, lifespans, max_load_bytes, place
+from solvers.offsets import ALIGNMENT_BYTES, Placement, lifespans, max_load_bytes, place
 from solvers.problem import Problem
 from solvers.retrace import Retraced, retraced
-from solvers.schedule import Prefetch, Run, Schedule, Wait
+from solvers.schedule import Schedule
 from solvers.transfers import ArenaPlacement, NativePlacement, Walk
 
 NEAR = 0.01  # an arena so little above the most bytes at once is near enough
@@ -74,15 +74,19 @@ class _Lives(NamedTuple):
     freed: Events
     size: Bytes
 
-    def items(self) -> list[Lifespan]:
+    def needed(self) -> Blocks:
         """The shortest."""
-        return [Lifespan(k, *row) for k, row in enumerate(zip(self.begin.tolist(), self.end.tolist(), self.size.tolist(), strict=True))]
+        return _blocks(self.begin, self.end, self.size)
+
+
+def _blocks(begin: Events, end: Events, size: Bytes) -> Blocks:
+    return Blocks(begin.astype(np.int64), end.astype(np.int64), size, np.full(len(size), ALIGNMENT_BYTES))
 
 
 def _others(tables: Tables, schedule: Schedule, state: State, spans: Retraced, most_bytes: int, seed: int) -> Iterator[Fitted]:
     """Ever faster ones."""
     lives, draw, least_us = _lives(tables, state, spans), np.random.default_rng(seed), 1 << 62
-    height = int((1 + USED) * max(most_bytes, max_load_bytes(lives.items()))) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+    height = int((1 + USED) * max(most_bytes, lives.needed().max_load())) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
     walks = NativePlacement(tables, state) if native(len(tables.problem.ops), "transfers") else None
     for number in range(TRIES):
         low = _packed(lives, height, SHORTENED[number % len(SHORTENED)], draw)
@@ -111,20 +115,17 @@ def _lives(tables: Tables, state: State, spans: Retraced) -> _Lives:
 
 
 def _packed(lives: _Lives, height: int, shortened: int, draw: np.random.Generator) -> Bytes | None:
-    """Offsets below the height for all, some with their shortest lives; None if that fails. What lives all the time lies at the bottom."""
-    always = (lives.size > 0) & (lives.begin == 0) & (lives.end == lives.end.max())
-    some = np.flatnonzero((lives.size > 0) & ~always)
+    """Offsets below the height for all, some with their shortest lives; None if that fails."""
+    some, low, bottom = above_the_lasting(lives.needed())
     begin, end = lives.begin[some], lives.end[some]
-    bottom, search = int(lives.size[always].sum()), Ejection(lives.asked[some], lives.freed[some], lives.size[some])
+    search = Ejection(lives.asked[some], lives.freed[some], lives.size[some])
     for number in range(ROUNDS):
         found = search.offsets if search.run(height - bottom, ROUND_WORK, int(draw.integers(1 << 30))) == 0 else None
         if found is None and number % BUSY_ROUNDS == BUSY_ROUNDS - 1:
-            blocks = Blocks(search.starts.astype(np.int64), search.ends.astype(np.int64), search.sizes, np.full(len(some), ALIGNMENT_BYTES))
+            blocks = _blocks(search.starts, search.ends, search.sizes)
             found = around_the_busiest(blocks, height - bottom, draw.choice(BUSY), BUSY_WORK, int(draw.integers(1 << 30)))
         if found is not None:
-            low = np.zeros(len(lives.size), np.int64)
-            low[always] = np.cumsum(lives.size[always]) - lives.size[always]
-            low[some] = bottom + found
+            low[some] += found
             return low
         for k in np.flatnonzero(search.offsets < 0).tolist():
             beside = _beside(search, begin, end, k)
@@ -154,25 +155,16 @@ def _fitted(tables: Tables, schedule: Schedule, state: State, walk: Walk, arena:
     """The walk's schedule, and the arena's offsets in the order of its lifespans."""
     problem, trace = tables.problem, state.trace
     found = replace(emit(tables, state.decisions, trace, moves_of(walk.record)), resident=schedule.resident)
-    items = lifespans(problem, found)
-    step_of, lows = _steps_of_events(found), arena.low.tolist()
-    copies = {(step_of[event], s): low for (event, s), low in zip(trace.extra, lows[len(trace.inst_storage) :], strict=True)}
-    others = defaultdict[int, deque[int]](deque)
-    for s, low in zip(trace.inst_storage, lows, strict=False):
-        others[s].append(low)
-    offsets = tuple(copies[item.start, item.id] if (item.start, item.id) in copies else others[item.id].popleft() for item in items)
+    items, until = lifespans(problem, found), defaultdict[int, int](int)
+    lows = defaultdict[tuple[int, bool], deque[int]](deque)  # of a storage's instances, and of its discarded copies, in the order of time
+    copied = [False] * len(trace.inst_storage) + [True] * len(trace.extra)
+    for s, copy, low in zip([*trace.inst_storage, *(s for _, s in trace.extra)], copied, arena.low.tolist(), strict=True):
+        lows[s, copy].append(low)
+    offsets = []
+    for item in items:
+        copy = item.start < until[item.id]
+        offsets.append(lows[item.id, copy].popleft())
+        if not copy:
+            until[item.id] = item.end
     top = max(offset + item.size_bytes for offset, item in zip(offsets, items, strict=True))
-    return Fitted(found, walk.time_us, Placement(offsets, top, max_load_bytes(items)))
-
-
-def _steps_of_events(schedule: Schedule) -> list[int]:
-    """Of each event of the trace the step: runs, and where a read is waited for."""
-    reading, result = set[int](), list[int]()
-    for number, step in enumerate(schedule.steps):
-        if isinstance(step, Run) or (isinstance(step, Wait) and step.storage in reading):
-            result.append(number)
-        if isinstance(step, Prefetch):
-            reading.add(step.storage)
-        elif isinstance(step, Wait):
-            reading.discard(step.storage)
-    return result
+    return Fitted(found, walk.time_us, Placement(tuple(offsets), top, max_load_bytes(items)))

@@ -44,8 +44,7 @@ def lifespans(problem: Problem, schedule: Schedule) -> tuple[Lifespan, ...]:
     """When each storage occupies memory, in step indices: from the Run or Prefetch that allocates it (0 for resident
     storages) up to the Free (len(steps) if never freed). The copy that a rerun makes of a live storage and discards
     at once is a lifespan of one step. Workspaces are not included. Expects a valid schedule."""
-    persistent = (s for s, info in enumerate(problem.storages) if info.persistent)
-    began = {s: 0 for s in persistent if s in schedule.resident or not problem.storages[s].movable}
+    began = dict.fromkeys(schedule.at_start(problem), 0)
     result = []
 
     def span(storage: int, start: int, end: int) -> Lifespan:
@@ -92,8 +91,8 @@ def place(
     blocks = blocks_of(items)
     enough = max(blocks.max_load(), enough_bytes)
     if fixed or len(set(blocks.aligns.tolist())) > 1:
-        numbers = np.array(sorted(fixed or {}), np.intp)
-        found = by_first_fit(blocks, enough, (numbers, np.array([(fixed or {})[k] for k in numbers.tolist()], np.int64)))
+        known = sorted((fixed or {}).items())
+        found = by_first_fit(blocks, enough, (np.array([k for k, _ in known], np.intp), np.array([low for _, low in known], np.int64)))
     else:
         found = arranged(blocks, enough, work, seed)
     placement = Placement(tuple(found.offsets.tolist()), found.arena, found.bound)

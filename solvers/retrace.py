@@ -35,8 +35,7 @@ def retraced(tables: Tables, schedule: Schedule) -> tuple[State, Retraced] | Non
     a storage is written and changed again, or written and kept to the end: solvers here make no such schedules."""
     problem, found = tables.problem, Retraced()
     trace, ways = found.trace, dict[int, int]()
-    pinned = (s for s, info in enumerate(problem.storages) if info.persistent and (s in schedule.resident or not info.movable))
-    live = {s: found.born(s, -1, 0) for s in pinned}
+    live = {s: found.born(s, -1, 0) for s in schedule.at_start(problem)}
     reading: set[int] = set()
     written: set[int] = set()
     for step in schedule.steps:

@@ -66,6 +66,10 @@ class Schedule:
     steps: tuple[Step, ...]
     resident: frozenset[int] = frozenset()
 
+    def at_start(self, problem: Problem) -> list[int]:
+        """The storages that are in memory as the step begins."""
+        return [s for s, info in enumerate(problem.storages) if info.persistent and (s in self.resident or not info.movable)]
+
     def to_json(self) -> str:
         """The schedule as JSON text: ["run", op, choice] or [kind, storage] for each step."""
         steps: list[list[str | int]] = [

@@ -68,17 +68,21 @@ class Infeasible(ValueError):
 @dataclass(frozen=True, slots=True)
 class Solution:
     """A checked schedule. bound_us holds for every schedule of the problem, in any order and with overlapped
-    transfers; gap = time / bound - 1. order_bound_us, but for effort "fast", holds for those whose first runs come in base order (order_bound.py).
+    transfers. order_bound_us, but for effort "fast", holds for those whose first runs come in base order (order_bound.py).
     exact_bound_us, where the exact model ran, holds only for its space: base order, each op at most twice, synchronous transfers. method: what
     found the schedule."""
 
     schedule: Schedule
     report: Report
     bound_us: int
-    gap: float
     method: str
     exact_bound_us: int | None = None
     order_bound_us: int | None = None
+
+    @property
+    def gap(self) -> float:
+        """time / bound - 1."""
+        return self.report.time_us / self.bound_us - 1 if self.bound_us else 0.0
 
 
 def solve(
@@ -112,9 +116,8 @@ def solve(
         if best.schedule is None or best.report is None:
             raise Infeasible(min(smallest_found), *working_set(problem))  # no path was skipped without a schedule
         bounds.wait(best.report.time_us)
-    gap = best.report.time_us / bounds.any_us - 1 if bounds.any_us else 0.0
     ordered_us = None if effort == "fast" else bounds.ordered_us
-    return Solution(best.schedule, best.report, bounds.any_us, gap, best.method, exact_bound, ordered_us)
+    return Solution(best.schedule, best.report, bounds.any_us, best.method, exact_bound, ordered_us)
 
 
 def _pursue(course: Course, effort: str, time_limit_s: float) -> tuple[list[int], int | None]:
@@ -175,7 +178,7 @@ def _solve_limited(problem: Problem, effort: str, time_limit_s: float, seed: int
     pinned = (s for s, info in enumerate(narrowed.storages) if info.persistent and not info.movable)
     schedule = replace(found.schedule, resident=found.schedule.resident.union(pinned))
     report, bound = replay(problem, schedule), roofline_us(free) if effort == "fast" else bound_and_moments(free)[0]
-    return Solution(schedule, report, bound, report.time_us / bound - 1 if bound else 0.0, found.method)
+    return Solution(schedule, report, bound, found.method)
 
 
 def smallest(problem: Problem) -> tuple[int, Schedule]:

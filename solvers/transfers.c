@@ -117,8 +117,7 @@ static void look_around(Walk *w) {
 /* The event that needs the memory of a written instance. */
 static int64_t deadline(const Walk *w, int32_t i) {
   const int64_t size = w->p->size[w->p->storage[i]];
-  int64_t end = w->following[i];
-  if (w->arena && taken(w->arena, i, w->p->last[i] + 1) < end) end = taken(w->arena, i, w->p->last[i] + 1);
+  const int64_t needed = w->arena ? taken(w->arena, i, w->p->last[i] + 1) : NEVER, end = needed < w->following[i] ? needed : w->following[i];
   for (int32_t e = w->p->last[i] + 1; e < end; e++)
     if (w->slack[e] < size) return e;
   return end;
@@ -264,8 +263,8 @@ static void walk(Walk *w) {
   }
 }
 
-/* Microseconds of the walk, or -1 without memory. arena: NULL, or where things lie, with each as short as it can be; changed to what they take. record, with room for three numbers for each read and six for each write: its transfers; records: how many.
- * held_back: a read could not begin yet because of the horizon, a share of the step's compute. */
+/* Microseconds of the walk, or -1 without memory. arena: NULL, or where things lie, with each as short as it can be; changed to what they take.
+ * record, with room for three numbers for each read and six for each write: its transfers; records: how many. held_back: a read could not begin yet because of the horizon, a share of the step's compute. */
 EXPORT int64_t mebp_place_transfers(const Step *p, const Arena *arena, double horizon, int32_t *record, int64_t *records, int32_t *held_back) {
   const size_t events = (size_t)p->events + 4, instances = (size_t)p->instances + 1, storages = (size_t)p->storages + 1, writes = (size_t)p->writes + 1;
   const size_t places = arena ? (size_t)arena->count : 0;

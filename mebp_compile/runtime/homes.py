@@ -279,10 +279,10 @@ def _check_can_leave(source: str, tensor: torch.Tensor | None) -> None:
         raise MebpError(f"{where} has a gradient, which keeps it in memory", "set its .grad to None before the step")
     if torch_private.memory_is_shared(tensor):
         gc.collect()  # it may be a view in the frames of a step that failed
-    if torch_private.memory_is_shared(tensor):
-        raise MebpError(
-            f"{where} can't leave memory: another tensor shares it", "drop views such as parameter.data[...], or leave `offload` out"
-        )
+        if torch_private.memory_is_shared(tensor):
+            raise MebpError(
+                f"{where} can't leave memory: another tensor shares it", "drop views such as parameter.data[...], or leave `offload` out"
+            )
 
 
 def _park(tensor: torch.Tensor) -> _Parked:

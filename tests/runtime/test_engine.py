@@ -262,7 +262,7 @@ def _solve_with_cuts(problem: solvers.Problem, cuts: list[int], **options: Any) 
             decisions.cut(index, boundary)
     trace = decode(tables, decisions)
     schedule = emit(tables, decisions, trace, synchronous(trace))
-    return Solution(schedule, solvers.replay(problem, schedule), 1, 0.0, "cuts")
+    return Solution(schedule, solvers.replay(problem, schedule), 1, "cuts")
 
 
 # --- single verbs ---

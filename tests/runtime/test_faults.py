@@ -122,7 +122,7 @@ def spilling(problem: solvers.Problem) -> tuple[Tables, Decisions]:
 
 
 def solution(problem: solvers.Problem, schedule: solvers.Schedule) -> Solution:
-    return Solution(schedule, solvers.replay(problem, schedule), 1, 0.0, "test")
+    return Solution(schedule, solvers.replay(problem, schedule), 1, "test")
 
 
 # --- a training beside its eager twin ---

@@ -370,7 +370,7 @@ def everything_away() -> Iterator[None]:
         decisions = Decisions([0] * len(problem.ops), away={index for index, may in enumerate(tables.may_leave) if may})
         trace = decode(tables, decisions)
         schedule = emit(tables, decisions, trace, synchronous(trace))
-        return Solution(schedule, solvers.replay(problem, schedule), 1, 0.0, "away")
+        return Solution(schedule, solvers.replay(problem, schedule), 1, "away")
 
     with mock.patch.object(solvers, "solve", solve):
         yield

@@ -69,11 +69,11 @@ def test_a_block_higher_than_the_arena_stays_without_a_place() -> None:
     search = Ejection(np.array([0, 0]), np.array([5, 5]), np.array([100, 7]))
     assert search.run(50, WORK) == 1
     assert search.offsets.tolist() == [-1, 0]
-    assert Ejection(*(np.zeros(0, np.int64) for _ in range(3))).run(10) == 0
+    assert Ejection(*(np.zeros(0, np.int64) for _ in range(3))).run(10, WORK) == 0
 
 
 def test_without_the_library_nothing_is_placed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eject, "load_library", lambda name: None)
     search = Ejection(*blocks(0, 10))
-    assert search.run(1000) == 10
+    assert search.run(1000, WORK) == 10
     assert (search.offsets < 0).all()

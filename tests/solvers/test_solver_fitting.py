@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from generators import layered, small, states_on_disk, transformer, with_room_for_all
 
 from solvers import fitting as module
 from solvers.arena import Arena
+from solvers.arrange import arranged
 from solvers.check import replay
 from solvers.decode import Tables
 from solvers.emit import emit, moves_of
@@ -29,9 +29,8 @@ def arena_of(tables: Tables, state: State, margin: float) -> tuple[State, Arena]
     found = retraced(tables, schedule)
     assert found is not None
     lives = module._lives(tables, *found)
-    placement = place(lives.items())
-    low = np.array(placement.offsets, np.int64)
-    return found[0], Arena(lives.begin.copy(), lives.end.copy(), low, lives.size, int(placement.arena_bytes * margin) // 64 * 64)
+    placed = arranged(lives.needed(), 0, 1 << 32, 0)
+    return found[0], Arena(lives.begin.copy(), lives.end.copy(), placed.offsets, lives.size, int(placed.arena * margin) // 64 * 64)
 
 
 def assert_apart(arena: Arena) -> None:
