@@ -23,6 +23,7 @@ LIBRARIES = {  # shared library: (C source, libraries to link, how products and 
     "solvers._eject": ("solvers/eject.c", ["m"], SAME),
     "solvers._pack": ("solvers/pack.c", [], SAME),
     "solvers._transfers": ("solvers/transfers.c", ["m"], SAME),
+    "mebp_compile.measure._cached_read": ("mebp_compile/measure/cached_read.c", [], SAME),
     "mebp_compile.measure._malloc_meter": ("mebp_compile/measure/malloc_meter.c", ["dl", "pthread"], SAME),
 }
 

@@ -28,11 +28,11 @@ from mebp_compile.graph import CHUNKS, Arg, Const, Graph, LoopChoice, Op, Ref, i
 from mebp_compile.loop_cost import TileRequests, dequantise_request, loop_requests, price_loop
 from mebp_compile.lower.stream import Record
 from mebp_compile.measure.accelerator import accelerator_of
+from mebp_compile.measure.cached_read import files_stay_cached, moves_at_once
 from mebp_compile.measure.device_ops import measure_link
 from mebp_compile.measure.disk import measure_disk
 from mebp_compile.measure.interference import measure_interference
 from mebp_compile.measure.ops import measure_ops
-from mebp_compile.measure.process import available_memory_bytes
 from mebp_compile.planning import Costs, OpCost
 from mebp_compile.torch_private import multiplies_bfloat16
 from mebp_compile.whole_file import write_whole
@@ -44,7 +44,6 @@ ROW_US = 10  # one row of a table, read from disk and dequantised
 SORT_BYTES = 96  # for each id: its sorted copy, permutation, inverse and their scratch
 LOOK_UP_BYTES = 65536
 LOOP_BYTES_PER_US = 1000.0  # what a Loop reads from a store where no folder of the step's own says how fast its disk is
-CACHE_BYTES = 4 << 30  # of available memory, from which on the page cache is taken to hold the files of a step
 AT_ONCE = 128  # requests that one child measures: what is known by then is kept
 Json = dict[str, Any]
 Progress = Callable[[str], None] | None
@@ -254,7 +253,7 @@ def fingerprint(device: str = "") -> Json:
         "threads": torch.get_num_threads(),
         "waiting": os.environ.get("OMP_WAIT_POLICY", ""),
         "kernels": _kernels(),
-        "format": 8,
+        "format": 9,
     }
     accelerator = accelerator_of(device)
     return own if accelerator is None else own | {"device": accelerator.name}
@@ -295,8 +294,8 @@ def _with_zeros(request: Any) -> Any:
 
 def _disk_speeds(folder: Path) -> Json:
     """Of the disk itself ("cold"), and where its files are in the page cache ("cached")."""
-    speed, share = measure_disk(folder), measure_interference(folder)
-    copying = min(1.0, speed.read_bytes_per_us / speed.cached_read_bytes_per_us)
+    speed, (share, copied_per_us) = measure_disk(folder), measure_interference(folder)
+    copying = min(1.0, speed.read_bytes_per_us / max(copied_per_us, 1.0))
     return {
         "cold": {
             "read": speed.read_bytes_per_us,
@@ -308,7 +307,7 @@ def _disk_speeds(folder: Path) -> Json:
             "read": speed.cached_read_bytes_per_us,
             "write": speed.cached_write_bytes_per_us,
             "latency": speed.cached_latency_us,
-            "interference": share,
+            "interference": 1.0 if moves_at_once() else share,
         },
     }
 
@@ -353,11 +352,11 @@ class CostTable:
         """What transfers to and from `folder` take: bytes a microsecond for "read" and "write", "latency" in microseconds, and the share
         "interference" of their time by which they delay compute.
 
-        Where the system has memory to spare, files of a step stay in its page cache, and transfers run at the cache's speed. A transfer
-        that waits for the disk copies no more bytes than one that does not, over a longer time.
+        Where the system has memory to spare, files of a step stay in its page cache, and transfers are copies by the threads that would compute
+        meanwhile. A transfer that waits for the disk copies no more bytes than one that does not, over a longer time.
         """
         speeds = self.remember(f"disk:{os.stat(folder).st_dev}" if folder.exists() else f"disk:{folder}", lambda: _disk_speeds(folder))
-        return speeds["cached" if available_memory_bytes() >= CACHE_BYTES else "cold"]  # type: ignore[no-any-return]
+        return speeds["cached" if files_stay_cached() else "cold"]  # type: ignore[no-any-return]
 
     def link(self) -> Json:
         """The same of copies between an accelerator and its host's memory."""

@@ -33,7 +33,7 @@ static void with_threads(Team *team, int threads) { (void)team, (void)threads; }
 enum { FEW = 1 << 14 }; /* numbers, below which a second thread costs more than it gives */
 
 /* `task` on the parts of 0..count, which touch `numbers` numbers together. */
-static void in_parts(Task task, const void *work, int64_t count, int64_t numbers, int threads) {
+static inline void in_parts(Task task, const void *work, int64_t count, int64_t numbers, int threads) {
   Team team = {task, work, count};
   if (threads > 1 && numbers >= FEW && count > 1 && has_threads())
     with_threads(&team, threads);

@@ -1,10 +1,10 @@
-"""The bytes of a CPU tensor as a memoryview, without a copy."""
+"""Where the bytes of a CPU tensor lie, and a memoryview of them, without a copy."""
 
 from __future__ import annotations
 
 import ctypes
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from mebp_compile.errors import MeasureError
 
@@ -12,8 +12,27 @@ if TYPE_CHECKING:
     import torch
 
 
-def memory_of(tensor: torch.Tensor | torch.UntypedStorage) -> memoryview:
-    """The bytes of a CPU tensor (or of a whole storage) without a copy; any dtype. The view keeps the memory alive.
+class Place(NamedTuple):
+    """Bytes of this process's memory, which `owner` keeps alive: made in a tenth of the time that a memoryview of them takes."""
+
+    address: int
+    nbytes: int
+    owner: object
+
+    @property
+    def view(self) -> memoryview:
+        """The bytes; the view keeps the memory alive."""
+        if isinstance(self.owner, memoryview):
+            return self.owner
+        if self.nbytes == 0:
+            return memoryview(bytearray())
+        array = (ctypes.c_ubyte * self.nbytes).from_address(self.address)
+        array._owner = self.owner  # type: ignore[attr-defined]
+        return memoryview(array).cast("B")
+
+
+def place_of(tensor: torch.Tensor | torch.UntypedStorage) -> Place:
+    """The bytes of a CPU tensor (or of a whole storage); any dtype.
 
     The tensor must cover a gapless range of its storage, in any order of dimensions: a slice of an arena does, every
     other column doesn't. Raises MeasureError otherwise, and for tensors without memory here (meta, fake, another
@@ -25,17 +44,23 @@ def memory_of(tensor: torch.Tensor | torch.UntypedStorage) -> memoryview:
     if device != "cpu" or type(tensor).__name__ == "FakeTensor":
         raise MeasureError(f"a {type(tensor).__name__} on {device} has no bytes in this memory", "pass a CPU tensor")
     if isinstance(tensor, torch.UntypedStorage):
-        return _view(tensor.data_ptr(), tensor.nbytes(), tensor)
-    _check_gapless(tensor, "pass its storage or a contiguous copy")
-    return _view(tensor.data_ptr(), tensor.numel() * tensor.element_size(), tensor.untyped_storage())
+        return Place(tensor.data_ptr(), tensor.nbytes(), tensor)
+    if not tensor.is_contiguous():
+        _check_gapless(tensor, "pass its storage or a contiguous copy")
+    return Place(tensor.data_ptr(), tensor.nbytes, tensor.untyped_storage())
 
 
-def _view(address: int, size_bytes: int, owner: object) -> memoryview:
-    if size_bytes == 0:
-        return memoryview(bytearray())
-    array = (ctypes.c_ubyte * size_bytes).from_address(address)
-    array._owner = owner  # type: ignore[attr-defined]
-    return memoryview(array).cast("B")
+def place_in(buffer: memoryview) -> Place:
+    """The bytes of a buffer; the address of one that is read-only, or empty, is 0: it can't be told."""
+    view = memoryview(buffer)
+    flat = view if view.nbytes == 0 else view.cast("B")
+    known = flat.nbytes and not flat.readonly
+    return Place(ctypes.addressof(ctypes.c_char.from_buffer(flat)) if known else 0, flat.nbytes, flat)
+
+
+def memory_of(tensor: torch.Tensor | torch.UntypedStorage) -> memoryview:
+    """The bytes of a CPU tensor without a copy, as in `place_of`. The view keeps the memory alive."""
+    return place_of(tensor).view
 
 
 def _check_gapless(tensor: torch.Tensor, fix: str) -> None:

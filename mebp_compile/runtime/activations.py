@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from mebp_compile.measure.disk import open_scratch, refuse_memory_disk
 from mebp_compile.measure.file_io import read_all
-from mebp_compile.measure.memory import memory_of
+from mebp_compile.measure.memory import memory_of, place_of
 from mebp_compile.measure.transfer import DiskThread, Ticket
 from mebp_compile.runtime.slots import Slot, SlotStore
 
@@ -50,13 +50,13 @@ class ActivationStore(SlotStore):
         self.open = True
 
     def begin_write(self, slot: Slot, tensor: torch.Tensor | torch.UntypedStorage) -> Ticket:
-        return self._thread.submit_write(self._fd, slot.offset, memory_of(tensor))
+        return self._thread.submit_write(self._fd, slot.offset, place_of(tensor))
 
     def begin_read(self, slot: Slot, tensor: torch.Tensor | torch.UntypedStorage) -> Ticket:
-        return self._thread.submit_read(self._fd, slot.offset, memory_of(tensor))
+        return self._thread.submit_read(self._fd, slot.offset, place_of(tensor))
 
     def size_of(self, tensor: torch.Tensor | torch.UntypedStorage) -> int:
-        return memory_of(tensor).nbytes
+        return place_of(tensor).nbytes
 
     def read_part(self, name: str, offset: int, buffer: torch.Tensor) -> None:
         """Read bytes of a slot, from byte `offset` of it on, and wait for them; no write of it may be under way."""

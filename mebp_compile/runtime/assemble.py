@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from mebp_compile.measure.accelerator import Accelerator
+from mebp_compile.measure.cached_read import moves_at_once
 from mebp_compile.measure.process import set_malloc_thresholds
 from mebp_compile.measure.transfer import DiskThread
 from mebp_compile.runtime.activations import ActivationStore
@@ -47,7 +48,7 @@ def assemble(
         set_malloc_thresholds(PROCESS_MAPPED_BYTES, binding.mapped_bytes)
     elif binding.tight:
         set_malloc_thresholds(binding.mapped_bytes, binding.mapped_bytes)
-    thread = DiskThread() if homes is None else homes.thread
+    thread = DiskThread(at_once=moves_at_once()) if homes is None else homes.thread
     pages = PagedArena(binding.arena_bytes) if accelerator is None else None
     if pages is not None and (binding.tight or process_bytes is not None):
         pages.keep_pages_small()

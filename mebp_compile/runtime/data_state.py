@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mebp_compile.errors import GraphError
+from mebp_compile.measure.cached_read import moves_at_once
 from mebp_compile.measure.transfer import DiskThread
 from mebp_compile.runtime.arena import with_own_pages
 from mebp_compile.runtime.home_store import HomeStore
@@ -67,7 +68,7 @@ class DataHomes:
 
     def __init__(self, live: DataState, directory: Path) -> None:
         self.live = live
-        self.thread = DiskThread()
+        self.thread = DiskThread(at_once=moves_at_once())
         self.store = HomeStore(directory, self.thread)
         self._away: dict[str, _Geometry] = {}
         self._out: dict[str, _Geometry] = {}

@@ -23,6 +23,7 @@ from mebp_compile import torch_private
 from mebp_compile.capture import State
 from mebp_compile.errors import DiskError, MebpError
 from mebp_compile.measure.accelerator import Accelerator
+from mebp_compile.measure.cached_read import moves_at_once
 from mebp_compile.measure.process import malloc_trim
 from mebp_compile.measure.transfer import DiskThread
 from mebp_compile.runtime.arena import with_own_pages
@@ -48,7 +49,7 @@ class Homes:
     def __init__(self, state: State, place: Path | Accelerator) -> None:
         """place: a folder on a disk, or the accelerator whose host memory it is."""
         self.state = state
-        self.thread = DiskThread()
+        self.thread = DiskThread(at_once=moves_at_once())
         self.store = HostHomeStore(place, self.thread) if isinstance(place, Accelerator) else HomeStore(place, self.thread)
         self._parked: dict[str, _Parked] = {}  # on disk, or in blocks, by source
         self._tables: dict[str, Table] = {}  # in blocks, by source

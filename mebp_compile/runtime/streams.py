@@ -83,7 +83,8 @@ class WeightStream:
             self.host.prefetch(name, buffer)
             return
         entry = self._entry(name)
-        self._pending[name] = self.thread.submit(functools.partial(self.store.read_into, entry, buffer), buffer.nbytes)
+        read = functools.partial(self.store.read_into, entry, buffer)
+        self._pending[name] = self.thread.submit(read, buffer.nbytes, self.store.whole_read(entry, buffer))
 
     def wait(self, name: str) -> None:
         if self.host is not None:

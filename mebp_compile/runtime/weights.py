@@ -27,6 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from mebp_compile.errors import OptionError, StoreError
+from mebp_compile.measure.cached_read import Span
+from mebp_compile.measure.memory import place_of
 from mebp_compile.quant.build import Progress, disk_error, disk_errors, write_store
 from mebp_compile.quant.dequantise import dequantise
 from mebp_compile.quant.layout import PLAIN, Record
@@ -184,6 +186,14 @@ class WeightStore:
         self._touch(entry)
         self._read(entry.file, _writable(buffer, entry.length), entry.offset)
         return entry.length
+
+    def whole_read(self, name: str, buffer: Tensor) -> Span | None:
+        """`read_into` as a plain read, once the record's layer was checked; None where it is more than that."""
+        entry = self.entry(name)
+        place = place_of(buffer)
+        if entry.layer not in self._verified or self._drop_cache or entry.file not in self._files or place.nbytes < entry.length:
+            return None
+        return Span(self._files[entry.file], entry.offset, entry.length, place.address)
 
     def read_rows_into(self, name: str, r0: int, r1: int, buffer: Buffer) -> int:
         """Fill `buffer` with a record of rows r0..r1 of the matrix view: one read of codes, one of scales; the bytes

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from mebp_compile.errors import DiskError, MeasureError, StoreError
-from mebp_compile.measure import file_io
+from mebp_compile.measure import cached_read, file_io
+from mebp_compile.measure.cached_read import Span, is_cached, moves_at_once, read_cached
 from mebp_compile.measure.disk import scratch_file
 from mebp_compile.measure.file_io import TransferClosed
-from mebp_compile.measure.memory import memory_of
+from mebp_compile.measure.memory import memory_of, place_in
 from mebp_compile.measure.transfer import DiskThread
 
 CHUNK = 100
@@ -32,10 +33,15 @@ def fd(tmp_path: Path) -> Iterator[int]:
         yield descriptor
 
 
+def span_of(fd: int, offset: int, buffer: bytearray | memoryview) -> Span:
+    place = place_in(memoryview(buffer))
+    return Span(fd, offset, place.nbytes, place.address)
+
+
 class Faulty:
     """os.pwrite and os.preadv that misbehave at one call: a returned number limits the bytes, an error is raised."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int, fault: int | OSError) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int, fault: int | BaseException) -> None:
         self.calls, self.at, self.fault = 0, at, fault
         self.pwrite, self.preadv = os.pwrite, os.preadv
         monkeypatch.setattr(os, "pwrite", self.write)
@@ -45,7 +51,7 @@ class Faulty:
         self.calls += 1
         if self.calls != self.at:
             return size
-        if isinstance(self.fault, OSError):
+        if isinstance(self.fault, BaseException):
             raise self.fault
         return self.fault
 
@@ -78,14 +84,14 @@ def round_trip(fd: int) -> list[DiskError]:
     return errors
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 900), st.integers(0, 100)), max_size=40), st.integers(1, 5))
-def test_transfers_happen_in_order(moves: list[tuple[bool, int, int]], queue_length: int) -> None:
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 900), st.integers(0, 100)), max_size=40), st.integers(1, 5), st.booleans())
+def test_transfers_happen_in_order(moves: list[tuple[bool, int, int]], queue_length: int, at_once: bool) -> None:
     """Overlapping writes and reads submitted without waiting give what a byte array gives when they run in order."""
-    fd = os.memfd_create("order")
+    fd = os.open(Path(__file__).parent, os.O_TMPFILE | os.O_RDWR)
     model, reads = bytearray(1000), []
     os.pwrite(fd, bytes(model), 0)
-    with DiskThread(queue_length) as thread:
+    with DiskThread(queue_length, at_once=at_once) as thread:
         for number, (write, offset, size) in enumerate(moves):
             if write:
                 data = bytes([number + 1]) * size
@@ -162,6 +168,121 @@ def test_nobody_waits_and_still_the_error_is_raised(monkeypatch: pytest.MonkeyPa
             thread.__exit__(None, None, None) if end == "exit" else getattr(thread, end)()
         thread.close()
         assert thread.closed
+
+
+# --- at once ---
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[int]:
+    """In the page cache, and not in memory alone, where the system says of no byte whether it is there."""
+    with scratch_file(tmp_path, 1 << 20) as descriptor:
+        os.pwrite(descriptor, bytes(range(256)) * 4096, 0)
+        if not is_cached(Span(descriptor, 0, 1 << 20, 0)):
+            pytest.skip("no C compiler, or files that lie in memory")
+        yield descriptor
+
+
+def test_a_write_is_over_when_it_is_submitted_and_a_read_waits_to_be_waited_for(file: int) -> None:
+    """Neither needs the thread; a read that is left for later is nobody's meanwhile."""
+    target = bytearray(300)
+    with DiskThread(at_once=True) as thread:
+        written = thread.submit_write(file, 100, memoryview(b"x" * 50))
+        assert os.pread(file, 50, 100) == b"x" * 50
+        read = thread.submit_read(file, 0, memoryview(target))
+        assert (thread._state.submitted, thread._state.later, read.done) == (0, [read], True)
+        assert not any(target)
+        read.wait()
+        written.wait()
+    assert target == bytes(range(100)) + b"x" * 50 + bytes(range(150, 256)) + bytes(range(44))
+
+
+def test_what_is_about_to_be_written_is_read_first(file: int) -> None:
+    """A write reads what overlaps with it and leaves the rest for later; a call, of which nobody knows what it does, and drain leave nothing."""
+    targets = [bytearray(100) for _ in range(3)]
+    with DiskThread(at_once=True) as thread:
+        reads = [thread.submit_read(file, 100 * number, memoryview(target)) for number, target in enumerate(targets)]
+        thread.submit_write(file, 150, memoryview(bytes(100)))
+        assert thread._state.later == reads[:1]
+        thread.submit(lambda: None).wait()
+        assert thread._state.later == []
+        thread.submit_read(file, 0, memoryview(targets[0]))
+        thread.drain()
+        assert thread._state.later == []
+    assert b"".join(targets) == (bytes(range(256)) * 2)[:300]
+
+
+def test_what_the_page_cache_does_not_hold_is_the_threads(file: int) -> None:
+    """Such a read waits for a disk; a submitted call that only reads is left for later like a read, a write behind the thread's work queues too."""
+    os.fsync(file)
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    target = bytearray(1 << 16)
+    span = span_of(file, 4096, target)
+    if is_cached(span):
+        pytest.skip("the page cache keeps what it is asked to drop")
+    assert not read_cached(span)
+    gate, called = threading.Event(), []
+    with DiskThread(at_once=True) as thread:
+        thread.submit_read(file, 4096, memoryview(target)).wait()
+        assert thread._state.submitted == 1
+        assert target == bytes(range(256)) * 256
+        thread.drain()
+        thread.submit(lambda: called.append(1), reads=span).wait()
+        assert not called  # C has read it
+        thread.submit(gate.wait)
+        thread.submit_write(file, 0, memoryview(b"later"))
+        assert os.pread(file, 5, 0) == bytes(range(5))
+        gate.set()
+        thread.drain()
+    assert os.pread(file, 5, 0) == b"later"
+
+
+def test_a_read_of_several_threads(file: int) -> None:
+    """At any offset, of any size around the one from which on more threads read, bytes and what lies around them are right."""
+    content = bytes(range(256)) * 4096
+    for size in (1, 4095, 4097, (256 << 10) - 1, 256 << 10, (256 << 10) + 4097, 700_001):
+        memory = bytearray(size + 2)
+        assert read_cached(span_of(file, 123, memoryview(memory)[1:-1]))
+        assert memory == b"\0" + content[123 : 123 + size] + b"\0"
+    assert not read_cached(span_of(file, (1 << 20) - 10, bytearray(20)))  # beyond the end
+
+
+def test_what_goes_wrong_at_once_is_said_by_wait(monkeypatch: pytest.MonkeyPatch, file: int) -> None:
+    """A file that was cut, a full disk and a closed thread: typed errors, raised by `wait` and nowhere else; Ctrl-C goes through."""
+    thread = DiskThread(at_once=True)
+    cut, unread = (thread.submit_read(file, (1 << 20) - 100, memoryview(bytearray(100))) for _ in range(2))
+    os.ftruncate(file, (1 << 20) - 50)
+    with pytest.raises(DiskError, match="ends at byte 1048526, 50 bytes before"):
+        cut.wait()
+    with monkeypatch.context() as patch:
+        Faulty(patch, 1, OSError(errno.ENOSPC, "no space"))
+        full = thread.submit_write(file, 0, memoryview(b"lost"))
+    with monkeypatch.context() as patch:
+        Faulty(patch, 1, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            thread.submit_write(file, 0, memoryview(b"lost"))
+    with pytest.raises(DiskError, match="disk full"):
+        full.wait()
+    thread.close()
+    with pytest.raises(TransferClosed, match="closed before"):
+        unread.wait()
+    with pytest.raises(TransferClosed, match="is closed"):
+        thread.submit_write(file, 0, memoryview(b"lost"))
+
+
+def test_moving_at_once_needs_memory_to_spare_and_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With less available memory than files may need, or without the library, the thread moves everything."""
+    monkeypatch.setattr(cached_read, "library", lambda: object())
+    monkeypatch.setattr(cached_read, "available_memory_bytes", lambda: cached_read.CACHE_BYTES)
+    assert moves_at_once()
+    monkeypatch.setattr(cached_read, "available_memory_bytes", lambda: cached_read.CACHE_BYTES - 1)
+    assert not moves_at_once()
+    monkeypatch.setattr(cached_read, "available_memory_bytes", lambda: cached_read.CACHE_BYTES)
+    monkeypatch.setattr(cached_read, "library", lambda: None)
+    assert not moves_at_once()
+
+
+# --- ends ---
 
 
 def test_the_error_under_way_is_the_one_shown(fd: int) -> None:

@@ -23,6 +23,7 @@ from unittest import mock
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mebp_compile.measure import transfer_queue
 from mebp_compile.measure.transfer import Ticket
 from mebp_compile.runtime import arena
 
@@ -69,7 +70,8 @@ OPENING_INTERRUPTED = Fault("EINTR", ("pread",), error=errno.EINTR)
 
 
 class Calls:
-    """Inside, calls of os.<name> are counted in `count`; the N-th and, where the fault is sticky, those after it get the fault."""
+    """Inside, calls of os.<name> are counted in `count`; the N-th and, where the fault is sticky, those after it get the fault. Every read is such
+    a call: what C reads from the page cache it fails to, and the same is read again."""
 
     def __init__(self, fault: Fault, at: int = 0) -> None:
         self.fault, self.at, self.count = fault, at, 0
@@ -79,6 +81,8 @@ class Calls:
         self._patches = contextlib.ExitStack()
         for name in self.fault.calls:
             self._patches.enter_context(mock.patch.object(os, name, self._faulty(name, getattr(os, name))))
+        if "preadv" in self.fault.calls:
+            self._patches.enter_context(mock.patch.object(transfer_queue, "read_cached", return_value=False))
         return self
 
     def __exit__(self, *error: object) -> None:

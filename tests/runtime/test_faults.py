@@ -38,7 +38,7 @@ import solvers
 from mebp_compile import compiler
 from mebp_compile.compiler import CompiledStep, optimize
 from mebp_compile.errors import BudgetInfeasible, DiskError, MeasureError, MebpError, OutOfMemory, StepPoisoned
-from mebp_compile.measure import file_io
+from mebp_compile.measure import cached_read, file_io
 from mebp_compile.measure.child import run_child
 from mebp_compile.measure.process import limit_data, rss, set_malloc_thresholds
 from mebp_compile.measure.transfer import DiskThread, Ticket
@@ -188,6 +188,14 @@ def temporary_folder() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture(params=["at once", "by the thread"])
+def carriers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who moves bytes: the caller where the page cache holds them, or the thread, as on a machine that has no memory to spare."""
+    if request.param == "by the thread":
+        monkeypatch.setattr(cached_read, "CACHE_BYTES", 1 << 62)
+    return str(request.param)
+
+
 class Twins:
     """A compiled training and its eager twin on the dequantised weights, at the same call."""
 
@@ -327,7 +335,7 @@ def test_a_failing_comparison(case: Case, stage: Stage) -> None:
 
 @pytest.mark.parametrize("fault", [faults.BROKEN, faults.GONE, faults.FULL, faults.CUT], ids=lambda fault: fault.name)
 @pytest.mark.parametrize("case", CASES)
-def test_a_failing_transfer(case: Case, fault: Fault, stage: Stage) -> None:
+def test_a_failing_transfer(case: Case, fault: Fault, stage: Stage, carriers: str) -> None:
     """Whichever read or write of a step fails: a typed error, the step refuses to go on, the state of before comes back as promised, and
     training continues with eager's bits."""
     count = calls_of_step(case, stage, Calls(fault))
@@ -344,7 +352,7 @@ def test_a_failing_transfer(case: Case, fault: Fault, stage: Stage) -> None:
 
 @pytest.mark.parametrize("fault", [faults.SHORT, faults.ALWAYS_SHORT, faults.INTERRUPTED], ids=lambda fault: fault.name)
 @pytest.mark.parametrize("case", CASES)
-def test_a_short_transfer_is_continued(case: Case, fault: Fault, stage: Stage) -> None:
+def test_a_short_transfer_is_continued(case: Case, fault: Fault, stage: Stage, carriers: str) -> None:
     """A read or write that moves a part of its bytes, or is interrupted by a signal, at any call: the step leaves eager's bits."""
     count = calls_of_step(case, stage, Calls(fault))
     twins = Twins(case, stage)
@@ -363,7 +371,7 @@ def test_a_failing_allocation(case: Case, sticky: bool, stage: Stage) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_an_interrupted_wait(case: Case, stage: Stage) -> None:
+def test_an_interrupted_wait(case: Case, stage: Stage, carriers: str) -> None:
     """Ctrl-C at any wait for a transfer, which goes on meanwhile: the same promises."""
     count = calls_of_step(case, stage, Waits())
     fail_each(case, stage, {number: Waits(number) for number in every(count)}, KeyboardInterrupt)
@@ -373,7 +381,7 @@ def test_an_interrupted_wait_before_a_collection(stage: Stage) -> None:
     """The frames of a step that failed may keep views of its tensors until Python's collector comes round: the next step doesn't depend on that."""
     gc.disable()
     try:
-        test_an_interrupted_wait(LENT_OUT, stage)
+        test_an_interrupted_wait(LENT_OUT, stage, "at once")
     finally:
         gc.enable()
 

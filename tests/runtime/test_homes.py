@@ -25,7 +25,7 @@ from mebp_compile import compiler
 from mebp_compile.capture import State
 from mebp_compile.compiler import CompiledStep, optimize
 from mebp_compile.errors import BudgetInfeasible, DiskError, MebpError, StepPoisoned
-from mebp_compile.measure import disk, file_io
+from mebp_compile.measure import disk, file_io, transfer_queue
 from mebp_compile.measure.transfer import DiskThread
 from mebp_compile.runtime import arena
 from mebp_compile.runtime.all_state import state_dict
@@ -338,6 +338,7 @@ class FailingDisk:
 
     def __enter__(self) -> FailingDisk:
         self.patches = [mock.patch.object(file_io.os, name, self._failing(getattr(os, name))) for name in ("pwrite", "preadv")]
+        self.patches.append(mock.patch.object(transfer_queue, "read_cached", return_value=False))  # all reads are Python's
         for patch in self.patches:
             patch.start()
         return self
