@@ -34,6 +34,7 @@ from mebp_compile.compare import live_tensors
 from mebp_compile.compiler import CompiledStep
 from mebp_compile.config import format_bytes, parse_budget
 from mebp_compile.errors import BudgetInfeasible
+from mebp_compile.measure.malloc_meter import library_path, preload_environment
 from mebp_compile.measure.meter import PeakRss, StorageMeter
 from mebp_compile.measure.process import restart_with_small_heap, rss
 from mebp_compile.progress import Progress
@@ -107,7 +108,7 @@ def train(
 ) -> dict[str, Any]:
     """Train, measuring every step but the first, which touches the arena's pages and warms the kernels. RssAnon is measured from where it was before
     the first measured step on: `materialise` between two of them gives memory back, which the next one takes again."""
-    losses, seconds, anon_bytes, baseline_bytes, state_digest = [], [], 0, 0, ""
+    losses, seconds, malloc_bytes, anon_bytes, baseline_bytes, state_digest = [], [], 0, 0, 0, ""
     for number, batch in enumerate(itertools.islice(text_batches(chosen), steps), 1):
         started = time.perf_counter()
         if number == 1:
@@ -118,7 +119,8 @@ def train(
             before_bytes = rss().anon_bytes
             baseline_bytes = baseline_bytes or before_bytes
             reading = meter_process(program, list(batch))
-            loss, anon_bytes = reading.result, max(anon_bytes, reading.anon_bytes + before_bytes - baseline_bytes)
+            loss, malloc_bytes = reading.result, max(malloc_bytes, reading.malloc_bytes or 0)
+            anon_bytes = max(anon_bytes, reading.anon_bytes + before_bytes - baseline_bytes)
         losses.append(float(loss.item()))
         seconds.append(time.perf_counter() - started)
         if number == COMPARED_STEPS:
@@ -130,12 +132,15 @@ def train(
         "losses": losses,
         "seconds": statistics.median(seconds[1:]),
         "digest": state_digest,
+        "malloc_bytes": malloc_bytes,
         "anon_bytes": anon_bytes,
         "storage_bytes": tensors.peak_bytes,
     }
 
 
 def main() -> int:
+    if library_path() is not None:
+        os.environ.update(preload_environment())  # the meter of malloc, from the new start on
     restart_with_small_heap()
     parser = argparse.ArgumentParser(description="Fine-tune Qwen2.5-0.5B's shape inside a budget, next to plain PyTorch.")
     parser.add_argument("--steps", type=int, default=24)
@@ -197,6 +202,7 @@ def report(compiled: CompiledStep, plain: dict[str, Any], ours: dict[str, Any], 
         ("storages, peak", plain["storage_bytes"], ours["storage_bytes"]),
         ("storages, predicted", None, compiled.plan.tensor_bytes),
         ("with workspace and arena, predicted", None, compiled.plan.peak_bytes),
+        ("with workspace and arena", None, ours["malloc_bytes"]),
         ("RssAnon above the warmed baseline, peak", None, ours["anon_bytes"]),
     ]
     print(f"\n{'':42}{'plain PyTorch':>16}{'mebp_compile':>16}")
@@ -205,7 +211,7 @@ def report(compiled: CompiledStep, plain: dict[str, Any], ours: dict[str, Any], 
     print(f"{'budget':42}{'':>16}{format_bytes(budget_bytes):>16}")
     print(f"{'seconds a step, median':42}{plain['seconds']:>16.2f}{ours['seconds']:>16.2f}")
     equal = plain["digest"] == ours["digest"] and plain["losses"] == ours["losses"][:COMPARED_STEPS]
-    inside = max(ours["storage_bytes"], compiled.plan.peak_bytes) <= budget_bytes
+    inside = max(ours["storage_bytes"], ours["malloc_bytes"], compiled.plan.peak_bytes) <= budget_bytes
     charged = ours["anon_bytes"] <= compiled.plan.peak_bytes * RSS_SHARE + RSS_BYTES
     print(
         f"\nloss over {steps} steps: {ours['losses'][0]:.3f} -> {ours['losses'][-1]:.3f} "
@@ -214,7 +220,7 @@ def report(compiled: CompiledStep, plain: dict[str, Any], ours: dict[str, Any], 
     print(
         f"parameters, optimizer state and losses after {COMPARED_STEPS} steps equal plain PyTorch's bit for bit: {'yes' if equal else 'NO'}"
     )
-    print(f"storages measured, and everything predicted, inside the budget: {'yes' if inside else 'NO'}")
+    print(f"measured peak inside the budget: {'yes' if inside else 'NO'}")
     print(f"RssAnon within what docs/guarantees.md promises (the peak, 5 % and 16 MB): {'yes' if charged else 'NO'}")
     return 0 if equal and inside and charged and last < first else 1
 

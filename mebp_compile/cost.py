@@ -27,8 +27,8 @@ from mebp_compile.errors import CacheError
 from mebp_compile.graph import CHUNKS, Arg, Const, Graph, LoopChoice, Op, Ref, inputs_of
 from mebp_compile.loop_cost import TileRequests, dequantise_request, loop_requests, price_loop
 from mebp_compile.lower.stream import Record
+from mebp_compile.measure import cached_read
 from mebp_compile.measure.accelerator import accelerator_of
-from mebp_compile.measure.cached_read import files_stay_cached, moves_at_once
 from mebp_compile.measure.device_ops import measure_link
 from mebp_compile.measure.disk import measure_disk
 from mebp_compile.measure.interference import measure_interference
@@ -307,7 +307,7 @@ def _disk_speeds(folder: Path) -> Json:
             "read": speed.cached_read_bytes_per_us,
             "write": speed.cached_write_bytes_per_us,
             "latency": speed.cached_latency_us,
-            "interference": 1.0 if moves_at_once() else share,
+            "interference": share if cached_read.library() is None else 1.0,
         },
     }
 
@@ -356,7 +356,7 @@ class CostTable:
         meanwhile. A transfer that waits for the disk copies no more bytes than one that does not, over a longer time.
         """
         speeds = self.remember(f"disk:{os.stat(folder).st_dev}" if folder.exists() else f"disk:{folder}", lambda: _disk_speeds(folder))
-        return speeds["cached" if files_stay_cached() else "cold"]  # type: ignore[no-any-return]
+        return speeds["cached" if cached_read.files_stay_cached() else "cold"]  # type: ignore[no-any-return]
 
     def link(self) -> Json:
         """The same of copies between an accelerator and its host's memory."""

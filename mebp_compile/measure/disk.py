@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mebp_compile.errors import DiskError
-from mebp_compile.measure.cached_read import moves_at_once
+from mebp_compile.measure import cached_read
 from mebp_compile.measure.file_io import FULL, disk_error
 from mebp_compile.measure.transfer import DiskThread
 
@@ -34,7 +34,7 @@ class DiskSpeed:
 
     read: from the disk, after the pages were written back and evicted. write: until the bytes are on the disk (fsync).
     cached_*: the same through the page cache, which is what a scratch file much smaller than the free memory sees, by the caller's threads where
-    they can (`moves_at_once`); its latency is from submitting a small read to having waited for it.
+    the library for it was built; its latency is from submitting a small read to having waited for it.
     `evicted` is False where eviction did not work, so that `read_bytes_per_us` and `latency_us` are the cache's, and
     None where that can't be told.
     """
@@ -160,7 +160,8 @@ def measure_disk(directory: Path | str, size_bytes: int = 64 << 20, allow_tmpfs:
     blocks = [(offset, min(BLOCK_BYTES, size_bytes - offset)) for offset in range(0, size_bytes, BLOCK_BYTES)]
     block = random.Random(0).randbytes(min(BLOCK_BYTES, max(size_bytes, SMALL_BYTES)))
     memory = memoryview(bytearray(block * len(blocks)))  # each block its own, as in a step: memory that stays in the caches is twice as fast
-    with scratch_file(folder, max(size_bytes, SMALL_BYTES)) as fd, DiskThread() as thread, DiskThread(at_once=moves_at_once()) as cached:
+    at_once = cached_read.library() is not None
+    with scratch_file(folder, max(size_bytes, SMALL_BYTES)) as fd, DiskThread() as thread, DiskThread(at_once=at_once) as cached:
 
         def write() -> None:
             _each(cached.submit_write, fd, blocks, memory)
@@ -174,13 +175,13 @@ def measure_disk(directory: Path | str, size_bytes: int = 64 << 20, allow_tmpfs:
             _each(through.submit_read, fd, blocks, memory)
             through.drain()
 
-        durable_write, cached_write = _rate(size_bytes, write_and_sync), _usual_rate(size_bytes, write)
+        durable_write, cache_write = _rate(size_bytes, write_and_sync), _usual_rate(size_bytes, write)
         evicted = _evict(fd)
-        cold_read, cached_read = _rate(size_bytes, lambda: read(thread)), _usual_rate(size_bytes, lambda: read(cached))
-        cached_latency = _round_trip_us(cached, fd)
+        cold_read, cache_read = _rate(size_bytes, lambda: read(thread)), _usual_rate(size_bytes, lambda: read(cached))
+        cache_latency = _round_trip_us(cached, fd)
         _evict(fd)
         latency = _latency_us(fd, max(size_bytes, SMALL_BYTES))
-    return DiskSpeed(cold_read, durable_write, latency, cached_read, cached_write, cached_latency, evicted, filesystem_type(folder))
+    return DiskSpeed(cold_read, durable_write, latency, cache_read, cache_write, cache_latency, evicted, filesystem_type(folder))
 
 
 def _each(

@@ -212,7 +212,7 @@ class TransferQueue:
         """Write now, or leave a read of what is in the page cache for later; False for what is the thread's."""
         self._check_open()
         if ticket.kind == "write":
-            ticket.finish(ticket.serve(lambda: False))
+            ticket.finish(ticket.serve(lambda: self.closing))
             return True
         if ticket.span is None or (self.missed and not is_cached(ticket.span)):
             return False

@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 import threading
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -32,15 +31,13 @@ from mebp_compile.measure.memory import place_of
 from mebp_compile.quant.build import Progress, disk_error, disk_errors, write_store
 from mebp_compile.quant.dequantise import dequantise
 from mebp_compile.quant.layout import PLAIN, Record
-from mebp_compile.quant.manifest import MAX_MANIFEST_BYTES, DataFile, Entry, Layer, Manifest, new_digest
-from mebp_compile.quant.safetensors_file import read_bytes
+from mebp_compile.quant.manifest import Entry, Layer, Manifest, new_digest
 from mebp_compile.quant.scheme import Packed, view_record
 from mebp_compile.quant.schemes import scheme_named
 from mebp_compile.quant.sources import Select, checkpoint_sources, module_sources, random_sources
+from mebp_compile.runtime.store_files import DAMAGED, VERIFY_CHUNK_BYTES, check_file, close_all, open_regular, read_manifest
 
-VERIFY_CHUNK_BYTES = 256 << 10  # memory taken while a digest is checked
 Buffer = Tensor | memoryview | bytearray
-_DAMAGED = "build the store again, or restore it from a copy"
 
 
 class WeightStore:
@@ -56,7 +53,7 @@ class WeightStore:
         self._drop_cache = drop_cache
         self._locks = {name: threading.Lock() for name in self._layers}
         self._verified: set[str] = set()
-        self._close = weakref.finalize(self, _close_all, tuple(files.values()))
+        self._close = weakref.finalize(self, close_all, tuple(files.values()))
 
     # ---- open and build ----
 
@@ -75,16 +72,16 @@ class WeightStore:
                 f"no weight store at {folder}: {error.strerror}", fix="build it with WeightStore.from_checkpoint"
             ) from error
         try:
-            manifest = Manifest.from_json(_read_manifest(folder_fd))
+            manifest = Manifest.from_json(read_manifest(folder_fd))
             for file in manifest.files:
-                files[file.name] = _open_regular(folder_fd, file.name)
-                _check_file(files[file.name], file)
+                files[file.name] = open_regular(folder_fd, file.name)
+                check_file(files[file.name], file)
             return cls(folder, manifest, files, drop_cache)
         except BaseException:
-            _close_all(tuple(files.values()))
+            close_all(tuple(files.values()))
             raise
         finally:
-            _close_all((folder_fd,))
+            close_all((folder_fd,))
 
     @classmethod
     def from_module(
@@ -190,10 +187,10 @@ class WeightStore:
     def whole_read(self, name: str, buffer: Tensor) -> Span | None:
         """`read_into` as a plain read, once the record's layer was checked; None where it is more than that."""
         entry = self.entry(name)
-        place = place_of(buffer)
-        if entry.layer not in self._verified or self._drop_cache or entry.file not in self._files or place.nbytes < entry.length:
+        if entry.layer not in self._verified or self._drop_cache or entry.file not in self._files:
             return None
-        return Span(self._files[entry.file], entry.offset, entry.length, place.address)
+        place = place_of(buffer)
+        return None if place.nbytes < entry.length else Span(self._files[entry.file], entry.offset, entry.length, place.address)
 
     def read_rows_into(self, name: str, r0: int, r1: int, buffer: Buffer) -> int:
         """Fill `buffer` with a record of rows r0..r1 of the matrix view: one read of codes, one of scales; the bytes
@@ -283,7 +280,7 @@ class WeightStore:
             self._read(layer.file, part, layer.offset + start)
             digest.update(part)
         if digest.hexdigest() != layer.digest:
-            raise StoreError(f"layer {layer.name} of {self.path} is damaged: its digest does not match", fix=_DAMAGED)
+            raise StoreError(f"layer {layer.name} of {self.path} is damaged: its digest does not match", fix=DAMAGED)
 
     def _read(self, file: str, view: memoryview, offset: int) -> None:
         """Fill `view` from `offset`, however many reads that takes. Raises StoreError (short file, closed store),
@@ -299,63 +296,13 @@ class WeightStore:
                 except InterruptedError:
                     continue
                 if count == 0:
-                    raise StoreError(f"{self.path / file} became shorter while it was open", fix=_DAMAGED)
+                    raise StoreError(f"{self.path / file} became shorter while it was open", fix=DAMAGED)
                 view, offset = view[count:], offset + count
         except OSError as error:
             raise disk_error(f"reading {self.path / file}", error) from error
         if self._drop_cache and hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError):  # advice only
                 os.posix_fadvise(fd, start, length, os.POSIX_FADV_DONTNEED)
-
-
-def _close_all(fds: Iterable[int]) -> None:
-    """Close descriptors that were only read from: an error in closing them loses nothing."""
-    for fd in fds:
-        with contextlib.suppress(OSError):
-            os.close(fd)
-
-
-def _open_regular(folder_fd: int, name: str) -> int:
-    """Open a regular file inside the store's folder, never through a link. Raises StoreError."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        fd = os.open(name, flags, dir_fd=folder_fd)
-    except OSError as error:
-        raise StoreError(f"can't open {name} of the store: {error.strerror}", fix=_DAMAGED) from error
-    try:
-        with disk_errors(f"looking at {name} of the store"):
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise StoreError(f"{name} of the store is not a regular file", fix=_DAMAGED)
-    except BaseException:
-        _close_all((fd,))
-        raise
-    return fd
-
-
-def _read_manifest(folder_fd: int) -> bytes:
-    fd = _open_regular(folder_fd, "manifest.json")
-    try:
-        with disk_errors("reading manifest.json of the store"):
-            raw = read_bytes(fd, min(os.fstat(fd).st_size, MAX_MANIFEST_BYTES) + 1, 0)
-    finally:
-        _close_all((fd,))
-    if len(raw) > MAX_MANIFEST_BYTES:
-        raise StoreError(f"manifest.json is larger than {MAX_MANIFEST_BYTES} bytes", fix=_DAMAGED)
-    return raw
-
-
-def _check_file(fd: int, file: DataFile) -> None:
-    """Size and header are those of the manifest. Raises StoreError."""
-    with disk_errors(f"looking at {file.name} of the store"):
-        size_bytes = os.fstat(fd).st_size
-    if size_bytes != file.size_bytes:
-        raise StoreError(f"{file.name} has {size_bytes} bytes, the manifest says {file.size_bytes}", fix=_DAMAGED)
-    digest = new_digest()
-    with disk_errors(f"reading the header of {file.name}"):
-        for start in range(0, file.header_bytes, VERIFY_CHUNK_BYTES):
-            digest.update(read_bytes(fd, min(VERIFY_CHUNK_BYTES, file.header_bytes - start), start))
-    if digest.hexdigest() != file.header_digest:
-        raise StoreError(f"the header of {file.name} is damaged: its digest does not match", fix=_DAMAGED)
 
 
 def _with_rows(record: Record, rows: int) -> Record:
