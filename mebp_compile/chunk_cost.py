@@ -13,7 +13,7 @@ from mebp_compile.lower.chunk_body import overwritten
 from mebp_compile.lower.cuts import block_rows, tile_size
 from mebp_compile.lower.products import MULTIPLY, WIDENED
 from mebp_compile.lower.tables import itemsize
-from mebp_compile.overhead import COPY_BYTES_PER_US, TRIP_US, VIEW_BYTES, allocated_bytes
+from mebp_compile.overhead import COPY_BYTES_PER_US, TRIP_US, VIEW_BYTES, allocated_bytes, fault_us
 
 LINE_US = 2  # what Python needs for a line of the body
 Json = dict[str, Any]
@@ -32,7 +32,7 @@ def price_chunks(op: Op, choice: LoopChoice, costs: Mapping[str, Cost]) -> LoopC
     assert op.body is not None
     body, tokens = at_blocks(op.body, choice.trips), int(op.body.name)
     ops = block_ops(op, choice)
-    once = sum(LINE_US + _time_us(body, each, costs) + _copy_us(body, each) for each in ops)
+    once = sum(LINE_US + _time_us(body, each, costs) + _copy_us(body, each) + _fresh_us(body, each) for each in ops)
     blocks = tokens / block_rows(tokens, choice.trips)
     return replace(choice, time_us=int(once * blocks), workspace_bytes=_workspace(body, ops, costs))
 
@@ -98,6 +98,19 @@ def _spare_bytes(body: Graph, op: Op, costs: Mapping[str, Cost]) -> int:
     return own + allocated_bytes(inner * size * width) + allocated_bytes(rows * size * width) + 4 * VIEW_BYTES
 
 
+def _fresh_us(body: Graph, op: Op) -> float:
+    """What the pages of large blocks take, which malloc maps anew for every block of tokens: of what an op makes, and of a product's tile."""
+    made = 0.0 if _makes_views(op) else sum(fault_us(value_bytes(body, name)) for name in op.outputs if name)
+    if op.target != "run.product":
+        return made
+    tile = body.value[op.args[0].name].shape[1] * tile_columns(body, op) * itemsize(body.value[op.args[1]].dtype)
+    return made + fault_us(tile)
+
+
+def _makes_views(op: Op) -> bool:
+    return op.phase == "view" or (op.phase == "weight" and op.target != "run.dequantise") or overwritten(op)
+
+
 def _copy_us(body: Graph, op: Op) -> int:
     """Of what is put into its place of the whole, or added to a sum."""
     if op.target not in ("rows.put", "run.gather"):
@@ -115,9 +128,8 @@ def _workspace(body: Graph, ops: tuple[Op, ...], costs: Mapping[str, Cost]) -> i
     live = {name: allocated_bytes(value_bytes(body, name)) for op in ops if op.phase == "before" for name in op.outputs if name}
     most = 0
     for op in ops:
-        view = op.phase == "view" or (op.phase == "weight" and op.target != "run.dequantise") or overwritten(op)
         for name in filter(None, op.outputs):
-            live[name] = VIEW_BYTES if view else allocated_bytes(value_bytes(body, name))
+            live[name] = VIEW_BYTES if _makes_views(op) else allocated_bytes(value_bytes(body, name))
         most = max(most, sum(live.values()) + _spare_bytes(body, op, costs))
         if op.target == "tile.free":
             for arg in op.args:

@@ -300,7 +300,7 @@ def _roomier(
     tell: Callable[[str], None] | None,
 ) -> Iterator[tuple[Schedule, Placement]]:
     """Schedules that leave the arena more room, in the order in which they are tried."""
-    fitted = solvers.fit_arena(problem, solution.schedule)
+    fitted = solvers.fit_arena(problem, solution.schedule, own=False)  # time counts, and the budget
     if fitted.schedule is not solution.schedule:
         yield fitted.schedule, place_under(graph, problem, fitted.schedule, fitted.placement)
     for variant in (problem.with_budget(int(problem.budget_bytes * share)) for share in ROOM_SHARES):

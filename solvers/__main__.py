@@ -138,9 +138,10 @@ def _pack(arguments: argparse.Namespace) -> str:
 def _in_one_arena(problem: Problem, solution: Solution) -> tuple[Solution, list[str]]:
     """The solution with its transfers moved, and what to print of its arena."""
     fitted = fit_arena(problem, solution.schedule)
-    most, arena = max_load_bytes(lifespans(problem, solution.schedule)), fitted.placement.arena_bytes
+    arena, solved, own = fitted.placement.arena_bytes, max_load_bytes(lifespans(problem, solution.schedule)), fitted.placement.lower_bound_bytes
+    above, above_own = 100 * (arena / solved - 1), 100 * (arena / own - 1)
     slower = 100 * (fitted.time_us / solution.report.time_us - 1)
-    line = f"arena    {arena:,} bytes, {100 * (arena / most - 1):.3f} % above the most at once as solved; step {slower:+.2f} %"
+    line = f"arena    {arena:,} bytes, {above:.3f} % above the most at once as solved, {above_own:.3f} % above its own; step {slower:+.2f} %"
     return replace(solution, schedule=fitted.schedule, report=replay(problem, fitted.schedule)), [line]
 
 

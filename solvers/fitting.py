@@ -10,7 +10,7 @@ lives are shortened decides how much time that costs, so it is done several time
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -32,9 +32,9 @@ from solvers.schedule import Schedule
 from solvers.transfers import ArenaPlacement, NativePlacement, Walk
 
 NEAR = 0.01  # an arena so little above the most bytes at once is near enough
-USED = 0.009  # so much above it the lives are packed
+USED, USED_OF_NEED = 0.009, 0.0098  # so much above it, or above what is needed at once, the lives are packed
 TRIES, SHORTENED = 6, (2, 1, 4)  # lives that are shortened for one that has no place, in one try after the other
-ROUNDS, ROUND_WORK = 30, 1 << 24  # of a try: ejection, and then some lives are shortened
+ROUNDS, ROUND_WORK, HARD_WORK = 30, 1 << 24, 1 << 26  # of a try: ejection, and then some lives are shortened
 BUSY_ROUNDS, BUSY_WORK = 3, 1 << 28  # every third round what lives where the load is near its most is packed exactly instead
 BUSY = (0.9, 0.95, 0.8, 0.6)  # so near
 HORIZONS = (0.008, 0.03, 0.045, 0.06)  # of a walk: how long before its event a read may begin
@@ -52,17 +52,40 @@ class Fitted:
     placement: Placement
 
 
-def fit_arena(problem: Problem, schedule: Schedule, seed: int = 0) -> Fitted:
+def fit_arena(problem: Problem, schedule: Schedule, seed: int = 0, own: bool = True) -> Fitted:
     """The schedule as it is where its arena is within 1 % of its most bytes at once; else the fastest found whose arena is no larger than that, with
-    the same runs in the same order; the given one where none is found, or where there is no C library. Deterministic. The schedule is valid."""
+    the same runs in the same order; the given one where none is found, or where there is no C library. Deterministic. The schedule is valid.
+
+    own: transfers that moved may leave fewer bytes at once, and the arena more than 1 % above those. Then a slower schedule is looked for whose arena
+    is within 1 % of its own most bytes at once.
+    """
     items = lifespans(problem, schedule)
     most_bytes = max_load_bytes(items)
-    near = int((1 + NEAR) * most_bytes)
+    near = _near(most_bytes)
     given = Fitted(schedule, replay(problem, schedule).time_us, place(items, seed, near))
     tables = Tables(problem)
     found = None if given.placement.arena_bytes <= near else retraced(tables, schedule)
-    others = _others(tables, schedule, *found, most_bytes, seed) if found else ()
-    return min((other for other in others if other.placement.arena_bytes <= near), key=lambda other: other.time_us, default=given)
+    if found is None:
+        return given
+    state, lives = found[0], _lives(tables, *found)
+    others = _others(tables, schedule, state, lives, int((1 + USED) * max(most_bytes, lives.needed().max_load())), ROUND_WORK, seed)
+    fitted = _fastest((other for other in others if other.placement.arena_bytes <= near), given)
+    if own and not _is_near(fitted.placement):
+        others = _others(tables, schedule, state, lives, int((1 + USED_OF_NEED) * lives.needed().max_load()), HARD_WORK, seed)
+        fitted = _fastest((other for other in others if _is_near(other.placement)), fitted)
+    return fitted
+
+
+def _near(most_bytes: int) -> int:
+    return int((1 + NEAR) * most_bytes)
+
+
+def _is_near(placement: Placement) -> bool:
+    return placement.arena_bytes <= _near(placement.lower_bound_bytes)
+
+
+def _fastest(some: Iterable[Fitted], otherwise: Fitted) -> Fitted:
+    return min(some, key=lambda each: each.time_us, default=otherwise)
 
 
 class _Lives(NamedTuple):
@@ -83,13 +106,13 @@ def _blocks(begin: Events, end: Events, size: Bytes) -> Blocks:
     return Blocks(begin.astype(np.int64), end.astype(np.int64), size, np.full(len(size), ALIGNMENT_BYTES))
 
 
-def _others(tables: Tables, schedule: Schedule, state: State, spans: Retraced, most_bytes: int, seed: int) -> Iterator[Fitted]:
-    """Ever faster ones."""
-    lives, draw, least_us = _lives(tables, state, spans), np.random.default_rng(seed), 1 << 62
-    height = int((1 + USED) * max(most_bytes, lives.needed().max_load())) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+def _others(tables: Tables, schedule: Schedule, state: State, lives: _Lives, arena_bytes: int, work: int, seed: int) -> Iterator[Fitted]:
+    """Ever faster ones, in an arena no larger than that."""
+    draw, least_us = np.random.default_rng(seed), 1 << 62
+    height = arena_bytes // ALIGNMENT_BYTES * ALIGNMENT_BYTES
     walks = NativePlacement(tables, state) if native(len(tables.problem.ops), "transfers") else None
     for number in range(TRIES):
-        low = _packed(lives, height, SHORTENED[number % len(SHORTENED)], draw)
+        low = _packed(lives, height, SHORTENED[number % len(SHORTENED)], work, draw)
         if low is None:
             continue
         for horizon in HORIZONS:
@@ -114,13 +137,13 @@ def _lives(tables: Tables, state: State, spans: Retraced) -> _Lives:
     return _Lives(begin, end, np.minimum(begin, asked), np.where(written, np.maximum(end, freed), end).astype(np.int32), size)
 
 
-def _packed(lives: _Lives, height: int, shortened: int, draw: np.random.Generator) -> Bytes | None:
-    """Offsets below the height for all, some with their shortest lives; None if that fails."""
+def _packed(lives: _Lives, height: int, shortened: int, work: int, draw: np.random.Generator) -> Bytes | None:
+    """Offsets below the height for all, some with their shortest lives; None if that fails. work: of each round's ejection."""
     some, low, bottom = above_the_lasting(lives.needed())
     begin, end = lives.begin[some], lives.end[some]
     search = Ejection(lives.asked[some], lives.freed[some], lives.size[some])
     for number in range(ROUNDS):
-        found = search.offsets if search.run(height - bottom, ROUND_WORK, int(draw.integers(1 << 30))) == 0 else None
+        found = search.offsets if search.run(height - bottom, work, int(draw.integers(1 << 30))) == 0 else None
         if found is None and number % BUSY_ROUNDS == BUSY_ROUNDS - 1:
             blocks = _blocks(search.starts, search.ends, search.sizes)
             found = around_the_busiest(blocks, height - bottom, draw.choice(BUSY), BUSY_WORK, int(draw.integers(1 << 30)))

@@ -27,7 +27,8 @@ TRIED = 16  # of the best moments, tried beside others
 PATIENCE = 3  # moments in a row that add nothing: the first ones are the best, and with a disk it's their whole numbers that say more
 WORTH = 2e-4  # of the bound: what a further moment has to add
 FAR_SHORT = 0.98  # of the bound of the best moment: several moments, loosely; then they seldom say more when asked closely
-WHOLE_GAPS = (3e-3, 1e-4)  # cuts come first; then the solver looks long for solutions, of which a bound has no need
+WAYS = (3e-3, math.inf)  # gap, and share of the budget: only the ways are whole
+WHOLE = (WAYS, (3e-3, 0.0), (1e-4, 0.0))  # cuts come first; then the solver looks long for solutions, of which a bound has no need
 CHAIN_GAP = 1e-3
 LARGE = 1 / 20  # of the budget: half of such a storage says less than the bound could
 SAFE = 1e-6  # of the bound: what the linear program may be wrong by
@@ -56,7 +57,7 @@ def base_order_bounds(problem: Problem, moments: Sequence[int], deadline: float)
     ranked = sorted((z for z in alone if alone[z]), key=lambda z: -alone[z])
     if not ranked:
         return
-    together, whole = best, (_bound_us(facts, ranked[:1], deadline, gap) for gap in WHOLE_GAPS)  # each solved when it is asked for
+    together, whole = best, (_bound_us(facts, ranked[:1], deadline, *each) for each in WHOLE)  # each solved when it is asked for
     several = _chained_us(facts, ranked, best, whole, deadline) if facts.disk else _together_us(facts, ranked[:TRIED], alone[ranked[0]], deadline)
     for bound in several:
         if bound > together:
@@ -76,8 +77,8 @@ def needy(facts: Facts) -> list[int]:
 
 def _chained_us(facts: Facts, ranked: Sequence[int], best: int, whole: Iterator[int], deadline: float) -> Iterator[int]:
     """Bounds of the best moments, or of those with the ops that follow them, together with some over the whole step, first loosely. Where that falls
-    far short of `best`, what is small matters: then the first of `whole`, the best moment's own in whole numbers, and all together with everything
-    that there is, last in whole numbers."""
+    far short of `best`, what is small matters: then the first of `whole`, the best moment's own with whole ways, and all together with everything
+    that there is, last with whole ways too."""
     loose, close = (int(share * facts.problem.budget_bytes) for share in TINY_SHARES)
     fast = Facts(facts.problem, loose)
     chains = [chain(facts, best_moments) for best_moments in (ranked[:BEST_MOMENTS], _followed(facts, ranked[:BEST_MOMENTS]))]
@@ -86,7 +87,7 @@ def _chained_us(facts: Facts, ranked: Sequence[int], best: int, whole: Iterator[
     if bound < FAR_SHORT * best:
         yield next(whole)
         yield _bound_us(facts, moments, deadline)
-        yield _bound_us(facts, moments, deadline, WHOLE_GAPS[0])
+        yield _bound_us(facts, moments, deadline, *WAYS)
     else:
         yield _bound_us(Facts(facts.problem, close), moments, deadline)
         yield _bound_us(fast, moments, deadline, CHAIN_GAP, LARGE)
@@ -125,7 +126,7 @@ def _followed(facts: Facts, moments: Sequence[int]) -> list[int]:
 
 def _bound_us(facts: Facts, moments: Sequence[int], deadline: float, gap: float | None = None, large: float = 0.0) -> int:
     """The bound for these moments; 0 where it is not solved before the deadline. With a `gap` in whole numbers, which a schedule gives, until the
-    bound is as near to their optimum; with `large` only what is kept of storages above that share of the budget is whole."""
+    bound is as near to their optimum; with `large` only the ways are whole, and what is kept of storages above that share of the budget."""
     try:
         from ortools.math_opt.python import mathopt  # noqa: F401
     except ImportError:

@@ -101,9 +101,9 @@ class Program(LinearProgram):
         self.add_clocks()
 
     def large(self, least_bytes: float) -> list[Variable]:
-        """K and H of storages above so many bytes."""
+        """X, and K and H of storages above so many bytes."""
         kept = [variable for (_, (s, _)), variable in self.kept.items() if self.tables.size[s] > least_bytes]
-        return kept + [variable for s, variable in self.home.items() if self.tables.size[s] > least_bytes]
+        return [*self.way.values(), *kept, *(variable for s, variable in self.home.items() if self.tables.size[s] > least_bytes)]
 
     def add_ways(self) -> None:
         """X: of each op that must run, one way."""

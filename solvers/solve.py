@@ -32,6 +32,7 @@ GOOD_ENOUGH = 1.005  # times the bound: no second greedy path
 EXACT_OPS = 40
 EXCHANGE_SHARE = 0.5  # of the time for a search, before it
 PLAN_SHARE = 0.75  # of the time left, for plans of what goes to disk where the disk decides
+FIRST_ANNEAL_SHARE = 0.15  # of the time left, before plans
 ANNEAL_SHARE = 0.3  # of the time left, to anneal what goes to disk; where the disk decides, all of it
 FINISHED_BY = 0.92  # of the time limit: what is begun by then has to be placed and replayed
 ANSWERED_BY = 0.98  # of the time limit: no better bound is waited for
@@ -154,6 +155,10 @@ def _offer_paths_and_models(course: Course) -> tuple[list[int], Course]:
         offer_model(replace(course, deadline=course.deadline - taken) if second_fits else course)
         smallest_found += _offer_greedy(course)
     if course.modelled and disk_share(course) >= DISK_MATTERS:
+        fastest = course.best.report
+        offer_annealed(course, FIRST_ANNEAL_SHARE)
+        if course.best.report is not fastest:  # then exchange finds more, and in less time, than plans
+            _offer_exchanged(course)
         offer_plans(course)
         offer_annealed(course, ANNEAL_SHARE)
     return smallest_found, course
@@ -223,6 +228,20 @@ def _offer_greedy(course: Course, more: tuple[float, ...] = (), first_only: bool
         if first_only:
             break
     return smallest_found
+
+
+def _offer_exchanged(course: Course) -> None:
+    """What exchange makes of the best state, in its share of the time left."""
+    tables, judge = course.tables, placed_us(course.tables)
+    state, weight = min(course.states, key=lambda pair: judge(pair[0]))
+    now = time.monotonic()
+    if course.settled() or now >= course.deadline:
+        return
+    changed = exchanged(tables, state, weight, now + EXCHANGE_SHARE * (course.deadline - now))
+    if changed is not state:
+        offer_state(tables, course.best, changed, "exchange", state)
+        course.states.append((changed, weight))
+        course.tell("exchange")
 
 
 def _offer_search(course: Course) -> None:

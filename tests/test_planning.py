@@ -111,7 +111,7 @@ def test_schedules_that_leave_the_arena_room(monkeypatch: pytest.MonkeyPatch) ->
     assert others
     assert all(solvers.replay(problem, schedule).peak_bytes < problem.budget_bytes for schedule in others)
     offsets = solvers.place(solvers.lifespans(problem, others[0]), work=0)
-    monkeypatch.setattr(solvers, "fit_arena", lambda problem, schedule: solvers.Fitted(others[0], 1, offsets))
+    monkeypatch.setattr(solvers, "fit_arena", lambda problem, schedule, own: solvers.Fitted(others[0], 1, offsets))
     (moved, placement), *rest = _roomier(graph, problem, solution, "fast", 5.0, None)
     assert moved is others[0]
     assert placement == place_under(graph, problem, moved, offsets)

@@ -26,7 +26,7 @@ M_ARENA_MAX = -8
 PR_SET_THP_DISABLE = 41  # <linux/prctl.h>
 RESET_PEAK = b"5"  # proc(5), clear_refs: reset the peak resident set size to the current one
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-SMALL_HEAP = "glibc.malloc.tcache_count=0"
+SMALL_HEAP = {"glibc.malloc.tcache_count": 0, "glibc.malloc.mxfast": 0}
 LINUX_FIX = "run on Linux with /proc mounted, or use the StorageMeter, which needs neither"
 
 
@@ -129,10 +129,12 @@ def set_malloc_thresholds(mmap_bytes: int = 65536, trim_bytes: int = 65536) -> b
 
 
 def small_heap(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variable of a process in which glibc keeps no thread caches. What an aligned allocation cuts off in front of it would lie there, and
-    keep the free space around it from joining: blocks of 0.1 to 4 MiB, a few MB at a time, spread over 20 to 70 MB (decisions/0024)."""
+    """The variable of a process in which glibc keeps no thread caches and no fast bins; what the environment says of either stays. What an aligned
+    allocation cuts off in front of it would lie there, and keep the free space around it from joining: blocks of 0.1 to 4 MiB, a few MB at a time,
+    spread over 20 to 70 MB (decisions/0024)."""
     present = environment.get("GLIBC_TUNABLES", "")
-    return {"GLIBC_TUNABLES": present if "tcache_count" in present else ":".join(filter(None, (present, SMALL_HEAP)))}
+    wanted = [f"{name}={value}" for name, value in SMALL_HEAP.items() if name not in present]
+    return {"GLIBC_TUNABLES": ":".join(filter(None, (present, *wanted)))}
 
 
 def restart_with_small_heap() -> None:

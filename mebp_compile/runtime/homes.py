@@ -24,7 +24,7 @@ from mebp_compile.capture import State
 from mebp_compile.errors import DiskError, MebpError
 from mebp_compile.measure.accelerator import Accelerator
 from mebp_compile.measure.cached_read import moves_at_once
-from mebp_compile.measure.process import malloc_trim
+from mebp_compile.measure.heap_holes import close_holes
 from mebp_compile.measure.transfer import DiskThread
 from mebp_compile.runtime.arena import with_own_pages
 from mebp_compile.runtime.home_store import HomeStore, HostHomeStore
@@ -90,7 +90,7 @@ class Homes:
             self._return(source)
         self._moving = {source: _with_own_pages(source, found.get(source)) for source in sorted(moving - held)}
         if leaving:
-            malloc_trim()
+            close_holes()
 
     def materialise(self, force: bool = False) -> None:
         """Bring everything back into memory. `force`: what can't be read any more gets zeros, so that a checkpoint can be loaded over it."""

@@ -11,6 +11,7 @@ count. Of an arena that gives pages back in mid-step those count that its tensor
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -83,15 +84,15 @@ class _PageWatch:
         self.malloc = MallocMeter() if MallocMeter.available() else None
         self.before_bytes = self.malloc.reset_peak() if self.malloc else 0
         self.mapped_bytes = 0  # of tensors with pages of their own, more than at the begin
-        self.grown: list[int] = []  # malloc's growth and theirs up to each event
-        self.taken: list[tuple[int, int, int, int]] = []  # rows of Spans whose steps are events
+        self.grown = array("q")  # malloc's growth and theirs up to each event; packed, for RssAnon is sampled meanwhile
+        self.taken = array("q")  # rows of Spans whose steps are events
         self.given: list[Decommit] = []
 
     def take(self, view: torch.Tensor) -> None:
         number, size_bytes = len(self.grown), view.untyped_storage().nbytes()
         if _inside(self.arena, view):
             low = view.data_ptr() - self.arena.data_ptr()
-            self.taken.append((number, number + 1, low, low + size_bytes))
+            self.taken.extend((number, number + 1, low, low + size_bytes))
             self._look()
         else:
             self._look()

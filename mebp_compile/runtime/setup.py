@@ -8,7 +8,7 @@ from mebp_compile.capture.contract import Contract
 from mebp_compile.config import Options
 from mebp_compile.graph import PERSISTENT, Graph
 from mebp_compile.measure.accelerator import Accelerator
-from mebp_compile.measure.process import malloc_trim
+from mebp_compile.measure.heap_holes import close_holes
 from mebp_compile.overhead import mapped_bytes
 from mebp_compile.place import leaving, lives
 from mebp_compile.planning import Plan, is_tight
@@ -39,7 +39,7 @@ def make_engine(
     binding = binding_of(graph, plan, options.offloads, options.host_bytes is not None)
     live = LiveState(state, contract.constants)
     store, names = (streamed.store, streamed.names) if streamed is not None else (None, None)
-    malloc_trim()  # of what planning left free
+    close_holes()  # that planning left
     return assemble(binding, live, options.offload_dir, store, names, homes, accelerator=accelerator)
 
 

@@ -155,6 +155,34 @@ def thresholds(request: Json) -> Json:
     return {"accepted": accepted, "full": full, "left": rss().anon_bytes - base, "trim": malloc_trim()}
 
 
+def holes(request: Json) -> Json:
+    """Where blocks lie that a heap with holes is asked for, after those were trimmed or closed; and RssAnon before and after that."""
+    import random
+
+    from mebp_compile.measure.heap_holes import close_holes
+    from mebp_compile.measure.process import malloc_trim, rss
+
+    sizes = random.Random(0)
+    blocks = [bytearray(b"x") * sizes.randrange(20_000, 100_000) for _ in range(2000)]
+    full = rss().anon_bytes
+    kept = blocks[::10]
+    del blocks
+    taken = [close_holes() for _ in range(request["closed"])]
+    malloc_trim()
+    trimmed = rss().anon_bytes
+    end = max(map(_address, kept))
+    new = [bytearray(b"y") * sizes.randrange(8_000, 100_000) for _ in range(400)]
+    in_holes = sum(_address(block) < end for block in new)
+    intact = all(b"x" * len(block) == block for block in kept) and all(b"y" * len(block) == block for block in new)
+    return {"taken": taken, "full": full, "trimmed": trimmed, "in_holes": in_holes, "intact": intact}
+
+
+def _address(block: bytearray) -> int:
+    import ctypes
+
+    return ctypes.addressof(ctypes.c_char.from_buffer(block))
+
+
 def limited(request: Json) -> Json:
     """What a large allocation does inside and after `limit_data`."""
     import resource

@@ -100,16 +100,18 @@ def test_limit_data_below_use_is_refused() -> None:
 
 def test_a_small_heap_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process starts anew with the same arguments and the variable added to what is there; the new one does not start again, and what a
-    user has said of thread caches stands."""
+    user has said of thread caches and fast bins stands."""
     started: list[tuple[str, list[str], dict[str, str]]] = []
     monkeypatch.setattr(process.os, "execve", lambda *given: started.append(given))
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=2")
     process.restart_with_small_heap()
     [(program, arguments, environment)] = started
     assert (program, arguments) == (sys.executable, [sys.executable, *sys.orig_argv[1:]])
-    assert environment["GLIBC_TUNABLES"] == "glibc.malloc.arena_max=2:glibc.malloc.tcache_count=0"
-    for said in (environment["GLIBC_TUNABLES"], "glibc.malloc.tcache_count=3"):
+    assert environment["GLIBC_TUNABLES"] == "glibc.malloc.arena_max=2:glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+    for said in (environment["GLIBC_TUNABLES"], "glibc.malloc.mxfast=64:glibc.malloc.tcache_count=3"):
         monkeypatch.setenv("GLIBC_TUNABLES", said)
         process.restart_with_small_heap()
     assert len(started) == 1
-    assert process.small_heap({}) == {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+    assert process.small_heap({}) == {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"}
+    said = "glibc.malloc.tcache_count=3"
+    assert process.small_heap({"GLIBC_TUNABLES": said}) == {"GLIBC_TUNABLES": f"{said}:glibc.malloc.mxfast=0"}

@@ -74,7 +74,8 @@ def crowded() -> tuple[Problem, Schedule]:
 
 @needs_library
 def test_a_schedule_that_does_not_pack_is_made_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With an arena by first-fit far above the most bytes at once: the fitted one is valid, runs the same, and lies in at most 1 % more."""
+    """With an arena by first-fit far above the most bytes at once: the fitted one is valid, runs the same, and lies in at most 1 % more than its own
+    most bytes at once; where only the given one's count, it is faster, and here its own are fewer."""
     problem, schedule = crowded()
     most_bytes = max_load_bytes(lifespans(problem, schedule))
     monkeypatch.setattr(module, "place", lambda items, seed, enough: place(items, work=0))
@@ -87,7 +88,11 @@ def test_a_schedule_that_does_not_pack_is_made_to(monkeypatch: pytest.MonkeyPatc
     items = lifespans(problem, fitted.schedule)
     check_offsets(items, fitted.placement)
     assert fitted.placement.lower_bound_bytes == max_load_bytes(items) <= fitted.placement.arena_bytes <= (1 + NEAR) * most_bytes
+    assert fitted.placement.arena_bytes <= (1 + NEAR) * fitted.placement.lower_bound_bytes
     assert fit_arena(problem, schedule) == fitted
+    faster = fit_arena(problem, schedule, own=False)
+    assert replay(problem, faster.schedule).time_us == faster.time_us < fitted.time_us
+    assert (1 + NEAR) * faster.placement.lower_bound_bytes < faster.placement.arena_bytes <= (1 + NEAR) * most_bytes
 
 
 def test_a_schedule_that_packs_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
