@@ -37,7 +37,6 @@ from mebp_compile.errors import BudgetInfeasible
 from mebp_compile.measure.malloc_meter import library_path, preload_environment
 from mebp_compile.measure.meter import PeakRss, StorageMeter
 from mebp_compile.measure.process import restart_with_small_heap, rss
-from mebp_compile.overhead import mapped_bytes
 from mebp_compile.progress import Progress
 from mebp_compile.runtime.bind import bind_weights, dense_weights
 from mebp_compile.runtime.metering import meter_process, meter_storages
@@ -48,6 +47,7 @@ TEXT = Path(pydoc_data.topics.__file__)
 COMPARED_STEPS = 3
 BUDGET = "128MB"
 ROOM = 1.03  # over the smallest budget found
+RSS_SHARE, RSS_BYTES = 1.05, 16_000_000  # what malloc's holes may add to the peak: docs/guarantees.md
 
 
 def settings(budget: str) -> finetune.Settings:
@@ -212,8 +212,7 @@ def report(compiled: CompiledStep, plain: dict[str, Any], ours: dict[str, Any], 
     print(f"{'seconds a step, median':42}{plain['seconds']:>16.2f}{ours['seconds']:>16.2f}")
     equal = plain["digest"] == ours["digest"] and plain["losses"] == ours["losses"][:COMPARED_STEPS]
     inside = max(ours["storage_bytes"], ours["malloc_bytes"], compiled.plan.peak_bytes) <= budget_bytes
-    kept_bytes = mapped_bytes(budget_bytes)  # of free heap, by the threshold from which on malloc gives it back
-    charged = ours["anon_bytes"] <= budget_bytes + kept_bytes
+    charged = ours["anon_bytes"] <= compiled.plan.peak_bytes * RSS_SHARE + RSS_BYTES
     print(
         f"\nloss over {steps} steps: {ours['losses'][0]:.3f} -> {ours['losses'][-1]:.3f} "
         f"(mean of the first half {first:.3f}, of the second {last:.3f})"
@@ -222,7 +221,7 @@ def report(compiled: CompiledStep, plain: dict[str, Any], ours: dict[str, Any], 
         f"parameters, optimizer state and losses after {COMPARED_STEPS} steps equal plain PyTorch's bit for bit: {'yes' if equal else 'NO'}"
     )
     print(f"measured peak inside the budget: {'yes' if inside else 'NO'}")
-    print(f"RssAnon too, but for {format_bytes(kept_bytes)} of free heap that malloc may keep: {'yes' if charged else 'NO'}")
+    print(f"RssAnon within what docs/guarantees.md promises (the peak, 5 % and 16 MB): {'yes' if charged else 'NO'}")
     return 0 if equal and inside and charged and last < first else 1
 
 
