@@ -93,18 +93,20 @@ def _spare_bytes(body: Graph, op: Op, costs: Mapping[str, Cost]) -> int:
     own = costs.get(op.name, (0, 0))[1]
     if op.target != "run.product":
         return own
-    (rows, inner), size = body.value[op.args[0].name].shape, tile_columns(body, op)
-    width = itemsize(body.value[op.args[1]].dtype)
-    return own + allocated_bytes(inner * size * width) + allocated_bytes(rows * size * width) + 4 * VIEW_BYTES
+    weight, result = _tile_bytes(body, op)
+    return own + allocated_bytes(weight) + allocated_bytes(result) + 4 * VIEW_BYTES
+
+
+def _tile_bytes(body: Graph, op: Op) -> tuple[int, int]:
+    """Of a product: a tile of the weight and of the result."""
+    (rows, inner), column = body.value[op.args[0].name].shape, tile_columns(body, op) * itemsize(body.value[op.args[1]].dtype)
+    return inner * column, rows * column
 
 
 def _fresh_us(body: Graph, op: Op) -> float:
     """What the pages of large blocks take, which malloc maps anew for every block of tokens: of what an op makes, and of a product's tile."""
     made = 0.0 if _makes_views(op) else sum(fault_us(value_bytes(body, name)) for name in op.outputs if name)
-    if op.target != "run.product":
-        return made
-    tile = body.value[op.args[0].name].shape[1] * tile_columns(body, op) * itemsize(body.value[op.args[1]].dtype)
-    return made + fault_us(tile)
+    return made + (fault_us(_tile_bytes(body, op)[0]) if op.target == "run.product" else 0.0)
 
 
 def _makes_views(op: Op) -> bool:

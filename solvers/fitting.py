@@ -68,10 +68,11 @@ def fit_arena(problem: Problem, schedule: Schedule, seed: int = 0, own: bool = T
     if found is None:
         return given
     state, lives = found[0], _lives(tables, *found)
-    others = _others(tables, schedule, state, lives, int((1 + USED) * max(most_bytes, lives.needed().max_load())), ROUND_WORK, seed)
+    need_bytes = lives.needed().max_load()
+    others = _others(tables, schedule, state, lives, int((1 + USED) * max(most_bytes, need_bytes)), ROUND_WORK, seed)
     fitted = _fastest((other for other in others if other.placement.arena_bytes <= near), given)
     if own and not _is_near(fitted.placement):
-        others = _others(tables, schedule, state, lives, int((1 + USED_OF_NEED) * lives.needed().max_load()), HARD_WORK, seed)
+        others = _others(tables, schedule, state, lives, int((1 + USED_OF_NEED) * need_bytes), HARD_WORK, seed)
         fitted = _fastest((other for other in others if _is_near(other.placement)), fitted)
     return fitted
 

@@ -27,8 +27,7 @@ TRIED = 16  # of the best moments, tried beside others
 PATIENCE = 3  # moments in a row that add nothing: the first ones are the best, and with a disk it's their whole numbers that say more
 WORTH = 2e-4  # of the bound: what a further moment has to add
 FAR_SHORT = 0.98  # of the bound of the best moment: several moments, loosely; then they seldom say more when asked closely
-WAYS = (3e-3, math.inf)  # gap, and share of the budget: only the ways are whole
-WHOLE = (WAYS, (3e-3, 0.0), (1e-4, 0.0))  # cuts come first; then the solver looks long for solutions, of which a bound has no need
+WHOLE = ((3e-3, math.inf), (3e-3, 0.0), (1e-4, 0.0))  # gap and `large`: the ways, then everything. Cuts come first, then a long search for solutions
 CHAIN_GAP = 1e-3
 LARGE = 1 / 20  # of the budget: half of such a storage says less than the bound could
 SAFE = 1e-6  # of the bound: what the linear program may be wrong by
@@ -57,7 +56,7 @@ def base_order_bounds(problem: Problem, moments: Sequence[int], deadline: float)
     ranked = sorted((z for z in alone if alone[z]), key=lambda z: -alone[z])
     if not ranked:
         return
-    together, whole = best, (_bound_us(facts, ranked[:1], deadline, *each) for each in WHOLE)  # each solved when it is asked for
+    together, whole = best, (_bound_us(facts, ranked[:1], deadline, *each) for each in _whole(facts))  # each solved when it is asked for
     several = _chained_us(facts, ranked, best, whole, deadline) if facts.disk else _together_us(facts, ranked[:TRIED], alone[ranked[0]], deadline)
     for bound in several:
         if bound > together:
@@ -67,6 +66,11 @@ def base_order_bounds(problem: Problem, moments: Sequence[int], deadline: float)
         for bound in whole:
             best = max(best, bound)
             yield best
+
+
+def _whole(facts: Facts) -> tuple[tuple[float, float], ...]:
+    """What is whole, one after the other: the ways alone first, where an op has several."""
+    return WHOLE if any(len(op.choices) > 1 for op in facts.problem.ops) else WHOLE[1:]
 
 
 def needy(facts: Facts) -> list[int]:
@@ -87,7 +91,7 @@ def _chained_us(facts: Facts, ranked: Sequence[int], best: int, whole: Iterator[
     if bound < FAR_SHORT * best:
         yield next(whole)
         yield _bound_us(facts, moments, deadline)
-        yield _bound_us(facts, moments, deadline, *WAYS)
+        yield _bound_us(facts, moments, deadline, *_whole(facts)[0])
     else:
         yield _bound_us(Facts(facts.problem, close), moments, deadline)
         yield _bound_us(fast, moments, deadline, CHAIN_GAP, LARGE)

@@ -232,16 +232,22 @@ def _offer_greedy(course: Course, more: tuple[float, ...] = (), first_only: bool
 
 def _offer_exchanged(course: Course) -> None:
     """What exchange makes of the best state, in its share of the time left."""
-    tables, judge = course.tables, placed_us(course.tables)
-    state, weight = min(course.states, key=lambda pair: judge(pair[0]))
-    now = time.monotonic()
-    if course.settled() or now >= course.deadline:
+    if course.settled() or time.monotonic() >= course.deadline:
         return
-    changed = exchanged(tables, state, weight, now + EXCHANGE_SHARE * (course.deadline - now))
+    judge = placed_us(course.tables)
+    state, weight = min(course.states, key=lambda pair: judge(pair[0]))
+    changed = _exchange(course, state, weight, course.deadline)
     if changed is not state:
-        offer_state(tables, course.best, changed, "exchange", state)
         course.states.append((changed, weight))
         course.tell("exchange")
+
+
+def _exchange(course: Course, state: State, weight: float, until: float) -> State:
+    """The state exchanged, and offered, in exchange's share of the time until then."""
+    now = time.monotonic()
+    changed = exchanged(course.tables, state, weight, now + EXCHANGE_SHARE * (until - now))
+    offer_state(course.tables, course.best, changed, "exchange", state)
+    return changed
 
 
 def _offer_search(course: Course) -> None:
@@ -256,8 +262,7 @@ def _offer_search(course: Course) -> None:
         if best.report is None or best.report.time_us <= course.bounds.ordered_us or left <= 0:
             return
         until = time.monotonic() + (left if number == len(starts) else left / 2)
-        changed = exchanged(tables, state, weight, time.monotonic() + EXCHANGE_SHARE * (until - time.monotonic()))
-        offer_state(tables, best, changed, "exchange", state)
+        changed = _exchange(course, state, weight, until)
         found = search(tables, changed, weight, until, SEARCH_ROUNDS, course.seed, course.progress, judge)
         offer_state(tables, best, found, f"{best.method} and search" if best.method == "model" else "search", changed)
 

@@ -11,9 +11,8 @@ import threading
 
 from mebp_compile.measure.process import PAGE_BYTES, malloc_trim
 
-LARGEST_BYTES = 1 << 19  # below every mapping threshold that is set here
 SMALLEST_BYTES = PAGE_BYTES + 64  # what malloc_trim leaves of the heap's end is smaller, and so is a block with no whole page in it
-STEPS = 4  # sizes to a halving
+SIZES = tuple(size for size in (int(2 ** (19 - quarter / 4)) for quarter in range(28)) if size >= SMALLEST_BYTES)  # below every mapping threshold
 
 _lock = threading.Lock()
 _plugs: list[int] = []
@@ -36,14 +35,10 @@ def close_holes() -> int:
         while _plugs:
             free(_plugs.pop())
         malloc_trim()
-        end, taken_bytes, size_bytes = sbrk(0) or 0, 0, LARGEST_BYTES
-        while size_bytes >= SMALLEST_BYTES:
-            address = malloc(size_bytes) or end
-            if address + size_bytes <= end:
+        end, taken_bytes = sbrk(0), 0
+        for size_bytes in SIZES:
+            while (address := malloc(size_bytes)) and address + size_bytes <= end:
                 _plugs.append(address)
                 taken_bytes += size_bytes
-                continue
-            if address != end:
-                free(address)
-            size_bytes = min(int(size_bytes * 2 ** (-1 / STEPS)), size_bytes - 1)
+            free(address)  # the one from the heap's end or beyond, or None
     return taken_bytes
